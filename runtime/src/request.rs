@@ -1,0 +1,144 @@
+//! What http tasks and the engine say to each other. Http holds no state of a generation: it sends a
+//! [`Command`] over one bounded channel and reads [`Event`]s from the channel inside it.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+/// What the client asked to be generated; token ids are final (template and tokenizer ran before).
+#[derive(Debug)]
+pub struct Generate {
+    /// Prompt; not empty.
+    pub tokens: Vec<u32>,
+    /// Tenant and `cache_salt`, hashed into the root of the block keys: two salts never share KV.
+    pub salt: Salt,
+    /// The client's name for the conversation, if it gave one; kept beside its record.
+    pub conversation: Option<Arc<str>>,
+    /// Sampling settings; `seed` is drawn by http where the client gave none.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate; http has checked that prompt + this fits the context.
+    pub tokens_max: u32,
+    /// Tokens that end the reply (end-of-text and the request's own).
+    pub stop_tokens: Arc<[u32]>,
+    /// Where events go. When the receiver is dropped the engine cancels the sequence.
+    pub events: mpsc::UnboundedSender<Event>,
+}
+
+/// See [`Generate::salt`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Salt(pub Arc<[u8]>);
+
+/// As in the OpenAI API and vLLM's extensions.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus; 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// Same seed, same tokens → same reply.
+    pub seed: u64,
+    /// Alternatives to report, beside the chosen token.
+    pub logprobs: Option<u8>,
+    /// End-of-text is never drawn.
+    pub ignore_eos: bool,
+}
+
+/// Prompt tokens that were not computed, by the tier in which their KV was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CachedTokens {
+    /// In device blocks.
+    pub device: u32,
+    /// In host frames.
+    pub host: u32,
+    /// On disk when the request arrived.
+    pub disk: u32,
+}
+
+impl CachedTokens {
+    /// Of all tiers.
+    pub fn total(self) -> u32 {
+        self.device + self.host + self.disk
+    }
+}
+
+/// Why a reply ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token (which is not part of the reply).
+    Stop,
+    /// `tokens_max` reached.
+    Length,
+}
+
+/// Progress of one generation, in order: one `Started`, tokens, one `Finished`; or a `Failed`.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Admitted: what of the prompt came from which tier.
+    Started(CachedTokens),
+    /// One more token of the reply.
+    Token {
+        /// Id and log-probability.
+        token: crate::batch::TokenLogprob,
+        /// Alternatives, when asked for.
+        alternatives: Vec<crate::batch::TokenLogprob>,
+    },
+    /// The end.
+    Finished(FinishReason, CachedTokens),
+    /// The engine cannot serve this (for example shutting down); nothing follows.
+    Failed(GenerateError),
+}
+
+/// Why the engine refused or gave up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerateError {
+    /// The waiting queue is at its bound: 503 with `Retry-After`.
+    #[error("{waiting} requests are already waiting, which is the limit; try again shortly")]
+    QueueFull {
+        /// The bound.
+        waiting: usize,
+    },
+    /// More KV than the whole device pool holds: 400.
+    #[error(
+        "the request needs {needed} device blocks, the pool has {have}; raise runtime.deviceMemory"
+    )]
+    TooLarge {
+        /// Blocks of prompt + reply.
+        needed: u32,
+        /// Blocks of the pool.
+        have: u32,
+    },
+    /// The server is stopping: 503.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+/// From http to the engine.
+#[derive(Debug)]
+pub enum Command {
+    /// Generate a reply.
+    Generate(Generate),
+    /// Forget what device blocks hold (benchmarks, `POST /admin/device-cache/clear`); answers when
+    /// done with the number of blocks that were forgotten.
+    ClearDeviceCache(oneshot::Sender<u32>),
+    /// Store a conversation record (opaque bytes) with the daemon, best effort.
+    PutConversation {
+        /// Id, salted with the tenant.
+        id: [u8; 32],
+        /// What http wants back later.
+        record: Vec<u8>,
+    },
+    /// Fetch a conversation record; `None` when there is none or no daemon answers in time.
+    GetConversation {
+        /// Id, salted with the tenant.
+        id: [u8; 32],
+        /// Where the answer goes.
+        answer: oneshot::Sender<Option<Vec<u8>>>,
+    },
+    /// Finish running sequences, commit tails, stop.
+    Shutdown,
+}
