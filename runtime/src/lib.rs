@@ -4,4 +4,8 @@
 
 pub mod adaskip;
 pub mod batch;
+pub mod block_pool;
+pub mod engine;
+pub mod doorbell;
 pub mod request;
+pub mod text;

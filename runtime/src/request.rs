@@ -112,6 +112,27 @@ pub enum GenerateError {
         /// Blocks of the pool.
         have: u32,
     },
+    /// Nothing to continue: 400.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A token id of `prompt_token_ids` that the model does not know: 400.
+    #[error("token id {token} is outside the model's vocabulary of {vocabulary}")]
+    UnknownToken {
+        /// The first such token.
+        token: u32,
+        /// Ids are below this.
+        vocabulary: u32,
+    },
+    /// Prompt and reply do not fit the context: 400.
+    #[error("prompt ({prompt} tokens) + reply ({reply}) exceed the context of {context} tokens")]
+    ContextTooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens asked for.
+        reply: u32,
+        /// Most of both together.
+        context: u32,
+    },
     /// The server is stopping: 503.
     #[error("the server is shutting down")]
     ShuttingDown,
