@@ -113,7 +113,10 @@ pub struct Consumer {
 impl Consumer {
     /// A private copy of the oldest entry, which stays in the ring until [`Consumer::advance`]: what it
     /// names in the arena stays valid until then.
-    pub fn peek<const W: usize>(&self, ring: &Ring<'_, W>) -> Result<Option<[u64; W]>, RingCorrupt> {
+    pub fn peek<const W: usize>(
+        &self,
+        ring: &Ring<'_, W>,
+    ) -> Result<Option<[u64; W]>, RingCorrupt> {
         // SYNC entry-published: pairs with the Release in `Producer::push`.
         let tail = ring.tail.load(Ordering::Acquire);
         if ring.filled(self.head, tail)? == 0 {

@@ -350,9 +350,7 @@ impl FrameTable {
 
     /// Pins of all attachments.
     pub fn pin_count(&self, frame: FrameIndex) -> u64 {
-        AttachmentId::all()
-            .map(|id| u64::from(self.pins(frame, id).load(Ordering::Relaxed)))
-            .sum()
+        AttachmentId::all().map(|id| u64::from(self.pins(frame, id).load(Ordering::Relaxed))).sum()
     }
 
     /// Writes a frame's header; only its owner does, while it is `Filling`.
