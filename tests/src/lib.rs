@@ -1,1 +1,9 @@
-//! Placeholder.
+//! Tests and demonstrations of what crosses a process: the local Kubernetes, a client of the API.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod cluster;
+pub mod conversation;
+pub mod deployment;
+pub mod progress;
