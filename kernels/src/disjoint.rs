@@ -27,6 +27,11 @@ impl<'a, T> Disjoint<'a, T> {
         Self { start: buffer.as_mut_ptr(), len: buffer.len(), borrow: PhantomData }
     }
 
+    /// A second handle to the same buffer; [`Disjoint::range_mut`]'s contract spans both.
+    pub fn reborrow(&self) -> Disjoint<'_, T> {
+        Disjoint { start: self.start, len: self.len, borrow: PhantomData }
+    }
+
     /// Elements of the whole buffer.
     pub fn len(&self) -> usize {
         self.len

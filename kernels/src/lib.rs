@@ -13,6 +13,7 @@
 
 pub mod disjoint;
 pub mod error;
+pub mod log_sum_exp;
 pub mod math;
 pub mod matmul;
 pub mod matmul_q4_1;
