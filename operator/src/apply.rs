@@ -57,7 +57,11 @@ pub struct Applier<'a> {
 
 impl Applier<'_> {
     /// Carries out one change.
-    pub async fn apply(&self, model: &ConversationModel, change: &Change) -> Result<(), ApplyError> {
+    pub async fn apply(
+        &self,
+        model: &ConversationModel,
+        change: &Change,
+    ) -> Result<(), ApplyError> {
         match change {
             Change::AddFinalizer => self.set_finalizer(model, true).await,
             Change::RemoveFinalizer => self.set_finalizer(model, false).await,
@@ -145,7 +149,8 @@ impl Applier<'_> {
             "resourceVersion": model.resource_version(),
         }});
         let api = Api::<ConversationModel>::namespaced(self.client.clone(), self.namespace);
-        let manager = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
+        let manager =
+            PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..Default::default() };
         match api.patch(&name, &manager, &Patch::Merge(&patch)).await {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if !keep && status.is_not_found() => Ok(()),

@@ -88,7 +88,12 @@ pub fn status(facts: &Facts<'_>, now: Timestamp) -> ConversationModelStatus {
 }
 
 /// Gives a verdict its time: the old condition's, unless its status has turned.
-fn dated(verdict: Verdict, old: &[Condition], generation: Option<i64>, now: Timestamp) -> Condition {
+fn dated(
+    verdict: Verdict,
+    old: &[Condition],
+    generation: Option<i64>,
+    now: Timestamp,
+) -> Condition {
     let status = if verdict.status { "True" } else { "False" };
     let same =
         old.iter().find(|condition| condition.type_ == verdict.kind && condition.status == status);
@@ -105,9 +110,8 @@ fn dated(verdict: Verdict, old: &[Condition], generation: Option<i64>, now: Time
 
 impl Facts<'_> {
     fn ready(&self, ready: usize) -> Verdict {
-        let verdict = |status, reason: &str, message: String| {
-            Verdict::new(READY, status, reason, message)
-        };
+        let verdict =
+            |status, reason: &str, message: String| Verdict::new(READY, status, reason, message);
         let wanted = self.model.spec.replicas as usize;
         if self.model.metadata.deletion_timestamp.is_some() {
             return verdict(false, "Terminating", self.terminating());
@@ -115,7 +119,9 @@ impl Facts<'_> {
         if ready == wanted && self.refused.is_none() && self.name_taken().is_none() {
             return match wanted {
                 0 => verdict(true, "ScaledToZero", "no replica is asked for".into()),
-                _ => verdict(true, "Ready", format!("{ready} of {wanted} replicas answer requests")),
+                _ => {
+                    verdict(true, "Ready", format!("{ready} of {wanted} replicas answer requests"))
+                }
             };
         }
         if let Some(refused) = self.refused {
@@ -134,7 +140,8 @@ impl Facts<'_> {
             return verdict(false, "VolumePending", message);
         }
         if let Some(name) = self.first_ending(&[Kind::Pod, Kind::Claim, Kind::Service]) {
-            let message = format!("{ready} of {wanted} replicas answer requests; waiting for {name} to go");
+            let message =
+                format!("{ready} of {wanted} replicas answer requests; waiting for {name} to go");
             return verdict(false, "Replacing", message);
         }
         verdict(false, "Starting", format!("{ready} of {wanted} replicas answer requests"))
@@ -155,7 +162,8 @@ impl Facts<'_> {
             Wait::RollOut(left) => Some(left),
             _ => None,
         }) {
-            let message = format!("{left} replicas still run the former spec; one is replaced at a time");
+            let message =
+                format!("{left} replicas still run the former spec; one is replaced at a time");
             return verdict(true, "RollingOut", &message);
         }
         if let Some(problem) = self.worst_problem() {

@@ -64,7 +64,8 @@ mod tests {
 
     #[test]
     fn a_namespace_that_goes_is_no_fault_of_the_user() {
-        let message = "unable to create new content in namespace chat because it is being terminated";
+        let message =
+            "unable to create new content in namespace chat because it is being terminated";
         assert_eq!(class_of(&api(403, message)), Class::Retry);
     }
 }

@@ -99,8 +99,7 @@ impl Elector {
 
     /// Gives the lease back, so that a standby need not wait for it to run out.
     pub async fn release(&self) {
-        let Ok(Ok(Some(mut lease))) =
-            timeout(REQUEST_TIMEOUT, self.api.get_opt(LEASE_NAME)).await
+        let Ok(Ok(Some(mut lease))) = timeout(REQUEST_TIMEOUT, self.api.get_opt(LEASE_NAME)).await
         else {
             return;
         };
@@ -110,7 +109,8 @@ impl Elector {
         }
         spec.holder_identity = None;
         spec.lease_duration_seconds = Some(1);
-        let replaced = self.api.replace(LEASE_NAME, &PostParams::default(), &lease);
+        let params = PostParams::default();
+        let replaced = self.api.replace(LEASE_NAME, &params, &lease);
         if !matches!(timeout(REQUEST_TIMEOUT, replaced).await, Ok(Ok(_))) {
             tracing::info!("the lease was not given back; it runs out by itself");
         }

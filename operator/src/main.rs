@@ -77,14 +77,12 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let work = async {
         controller::wait_for_definition(&client, &scope).await;
         readiness.set();
-        match config.election {
-            Some(election) => lead(context, &scope, &election, stop.clone()).await,
-            None => {
-                metrics.leader.set(1);
-                controller::run(context, &scope, stopped(stop.clone())).await;
-                Ok(())
-            }
+        if let Some(election) = config.election {
+            return lead(context, &scope, &election, stop.clone()).await;
         }
+        metrics.leader.set(1);
+        controller::run(context, &scope, stopped(stop.clone())).await;
+        Ok(())
     };
     let outcome = tokio::select! {
         outcome = work => outcome,

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Service};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
@@ -75,10 +76,7 @@ pub async fn observe(
     let look = Look { namespace, model };
     let (pods, claims, services) = tokio::try_join!(
         look.list(Kind::Pod, Api::<Pod>::namespaced(client.clone(), namespace)),
-        look.list(
-            Kind::Claim,
-            Api::<PersistentVolumeClaim>::namespaced(client.clone(), namespace)
-        ),
+        look.list(Kind::Claim, Api::<PersistentVolumeClaim>::namespaced(client.clone(), namespace)),
         look.list(Kind::Service, Api::<Service>::namespaced(client.clone(), namespace)),
     )?;
     let mut observed = Observed::sort(model, pods, claims, services);
@@ -106,7 +104,7 @@ impl Observed {
         services: Vec<Service>,
     ) -> Self {
         let name = model.name_any();
-        let own = |meta| desired::is_owned_by(meta, model);
+        let own = |meta: &ObjectMeta| desired::is_owned_by(meta, model);
         Self {
             pods: pods
                 .into_iter()

@@ -163,7 +163,8 @@ impl Plan {
             self.delete(Kind::Claim, claim, Why::VolumeLost);
             return false;
         }
-        if desired::volume::requested_size(claim).is_some_and(|now| now < model.spec.cache.disk.size)
+        if desired::volume::requested_size(claim)
+            .is_some_and(|now| now < model.spec.cache.disk.size)
         {
             self.changes.push(Change::ApplyClaim(Box::new(wanted)));
         }
@@ -180,9 +181,8 @@ impl Plan {
                 (replaceable && !is_current(model, index, pod, images)).then_some(pod)
             })
             .collect();
-        let available = indexes()
-            .filter(|index| observed.pods.get(index).is_some_and(|pod| is_available(pod)))
-            .count();
+        let available =
+            indexes().filter(|index| observed.pods.get(index).is_some_and(is_available)).count();
 
         // One that does not serve anyway may go at once: a repaired spec must not wait for the
         // broken one to become ready.
@@ -237,9 +237,8 @@ impl Plan {
                 self.delete_once(Kind::Claim, claim);
             }
         }
-        let gone = observed.service.is_none()
-            && observed.pods.is_empty()
-            && observed.claims.is_empty();
+        let gone =
+            observed.service.is_none() && observed.pods.is_empty() && observed.claims.is_empty();
         if gone && has_finalizer(model) {
             self.changes.push(Change::RemoveFinalizer);
         }
@@ -255,7 +254,8 @@ impl Plan {
 
     fn delete<K: kube::Resource<DynamicType = ()>>(&mut self, kind: Kind, object: &K, why: Why) {
         let uid = object.uid().unwrap_or_default();
-        let planned = |change: &Change| matches!(change, Change::Delete { uid: other, .. } if *other == uid);
+        let planned =
+            |change: &Change| matches!(change, Change::Delete { uid: other, .. } if *other == uid);
         if !self.changes.iter().any(planned) {
             self.changes.push(Change::Delete { kind, name: object.name_any(), uid, why });
         }
@@ -326,9 +326,11 @@ pub fn is_lost(claim: &PersistentVolumeClaim) -> bool {
 fn covers<K: serde::Serialize>(observed: &K, wanted: &K) -> bool {
     fn value_covers(observed: &Value, wanted: &Value) -> bool {
         match (observed, wanted) {
-            (Value::Object(observed), Value::Object(wanted)) => wanted.iter().all(|(key, value)| {
-                observed.get(key).is_some_and(|observed| value_covers(observed, value))
-            }),
+            (Value::Object(observed), Value::Object(wanted)) => {
+                wanted.iter().all(|(key, value)| {
+                    observed.get(key).is_some_and(|observed| value_covers(observed, value))
+                })
+            }
             (Value::Array(observed), Value::Array(wanted)) => {
                 observed.len() == wanted.len()
                     && observed.iter().zip(wanted).all(|(seen, value)| value_covers(seen, value))

@@ -105,8 +105,12 @@ fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<Problem> {
         let reason = waiting.reason.as_deref().unwrap_or_default();
         let said = waiting.message.as_deref().unwrap_or("no details");
         return match reason {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull"
-            | "ImageInspectError" | "RegistryUnavailable" => {
+            "ErrImagePull"
+            | "ImagePullBackOff"
+            | "InvalidImageName"
+            | "ErrImageNeverPull"
+            | "ImageInspectError"
+            | "RegistryUnavailable" => {
                 whole(Trouble::ImageMissing, format!("{place} has no image ({reason}): {said}"))
             }
             // An image volume that cannot be pulled stops all containers of the pod.
@@ -137,7 +141,8 @@ fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<Problem> {
 
 /// How the container ended last: now, or before its present state.
 fn last_end(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
-    let ended = |state: &'_ Option<ContainerState>| state.as_ref().is_some_and(|s| s.terminated.is_some());
+    let ended =
+        |state: &'_ Option<ContainerState>| state.as_ref().is_some_and(|s| s.terminated.is_some());
     let state = if ended(&container.state) { &container.state } else { &container.last_state };
     state.as_ref()?.terminated.as_ref()
 }
@@ -179,7 +184,8 @@ mod tests {
     }
 
     fn waiting(name: &str, reason: &str, last_exit: Option<i32>, words: &str) -> Pod {
-        let last = last_exit.map(|code| json!({"terminated": {"exitCode": code, "message": words}}));
+        let last =
+            last_exit.map(|code| json!({"terminated": {"exitCode": code, "message": words}}));
         pod(&json!({"containerStatuses": [{
             "name": name, "image": "", "imageID": "", "ready": false, "restartCount": 3,
             "state": {"waiting": {"reason": reason, "message": "told by the kubelet"}},

@@ -19,13 +19,13 @@ use crate::story;
 use crate::telemetry::Metrics;
 
 /// Watches tell of every change; this is the net below them.
-const RESYNC: Duration = Duration::from_secs(300);
+const RESYNC: Duration = Duration::from_mins(5);
 /// What stands in the way (a stranger's object, a quota) is not watched, so it is looked at again.
 const BLOCKED_RETRY: Duration = Duration::from_secs(15);
 /// After an error that passes by itself.
 const ERROR_RETRY: Duration = Duration::from_secs(3);
 /// After an error of ours: it will not pass, but the log should not fill.
-const BUG_RETRY: Duration = Duration::from_secs(60);
+const BUG_RETRY: Duration = Duration::from_mins(1);
 
 /// What every reconciliation needs.
 pub struct Context {
@@ -98,6 +98,7 @@ pub async fn reconcile(
 }
 
 /// When to look again after an error.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that the controller calls")]
 pub fn on_error(
     model: Arc<ConversationModel>,
     error: &ReconcileError,

@@ -19,33 +19,39 @@ const CALM: [&str; 6] =
 pub fn of_change(change: &Change) -> Event {
     match change {
         Change::AddFinalizer => {
-            normal("Accepted", "Accept", "the model is taken care of from now on".into())
+            normal("Accepted", "Accept", "the model is taken care of from now on")
         }
         Change::RemoveFinalizer => {
-            normal("CleanedUp", "Delete", "no pod, volume or service is left".into())
+            normal("CleanedUp", "Delete", "no pod, volume or service is left")
         }
         Change::ApplyService(service) => {
-            normal("ServiceApplied", "Apply", format!("applied service {}", service.name_any()))
+            normal("ServiceApplied", "Apply", &format!("applied service {}", service.name_any()))
         }
         Change::ApplyClaim(claim) => {
-            normal("VolumeApplied", "Apply", format!("applied cache volume {}", claim.name_any()))
+            normal("VolumeApplied", "Apply", &format!("applied cache volume {}", claim.name_any()))
         }
         Change::CreatePod(pod) => {
-            normal("PodCreated", "Create", format!("created pod {}", pod.name_any()))
+            normal("PodCreated", "Create", &format!("created pod {}", pod.name_any()))
         }
         Change::Delete { kind, name, why, .. } => {
             let note = |because: &str| format!("deleting {kind} {name}: {because}");
             match why {
                 Why::SpecChanged => {
-                    normal("RollingOut", "Delete", note("the spec has changed since it was made"))
+                    normal("RollingOut", "Delete", &note("the spec has changed since it was made"))
                 }
-                Why::ScaledDown => normal("ScaledDown", "Delete", note("fewer replicas are asked for")),
-                Why::ModelDeleted => normal("Terminating", "Delete", note("the model is being deleted")),
-                Why::Finished => warning("PodFinished", "Delete", note("its containers have ended for good")),
+                Why::ScaledDown => {
+                    normal("ScaledDown", "Delete", &note("fewer replicas are asked for"))
+                }
+                Why::ModelDeleted => {
+                    normal("Terminating", "Delete", &note("the model is being deleted"))
+                }
+                Why::Finished => {
+                    warning("PodFinished", "Delete", &note("its containers have ended for good"))
+                }
                 Why::VolumeLost => warning(
                     "VolumeLost",
                     "Delete",
-                    note("the disk below the volume is lost; the cache starts again, cold"),
+                    &note("the disk below the volume is lost; the cache starts again, cold"),
                 ),
             }
         }
@@ -67,15 +73,15 @@ pub fn of_turn(
     }
     let calm = CALM.contains(&now.reason.as_str());
     let told = if calm { normal } else { warning };
-    Some(told(&now.reason, "Reconcile", now.message))
+    Some(told(&now.reason, "Reconcile", &now.message))
 }
 
-fn normal(reason: &str, action: &str, note: String) -> Event {
-    event(EventType::Normal, reason, action, &note)
+fn normal(reason: &str, action: &str, note: &str) -> Event {
+    event(EventType::Normal, reason, action, note)
 }
 
-fn warning(reason: &str, action: &str, note: String) -> Event {
-    event(EventType::Warning, reason, action, &note)
+fn warning(reason: &str, action: &str, note: &str) -> Event {
+    event(EventType::Warning, reason, action, note)
 }
 
 fn event(type_: EventType, reason: &str, action: &str, note: &str) -> Event {

@@ -4,7 +4,7 @@
 //! Checked: unknown fields, types, bounds and choices of the schema, and all CEL rules. Of patterns
 //! only those that a type of ours checks too (sizes, spans).
 
-use kube::{CustomResourceExt, Resource};
+use kube::Resource;
 use serde_json::Value;
 
 use crate::api::{self, ConversationModel};
@@ -20,7 +20,9 @@ pub enum StrictError {
     #[error("not YAML: {0}")]
     Yaml(#[from] serde_yaml::Error),
     /// It is another kind of object.
-    #[error("expected apiVersion {wanted_version} and kind {wanted_kind}, got {version} and {kind}")]
+    #[error(
+        "expected apiVersion {wanted_version} and kind {wanted_kind}, got {version} and {kind}"
+    )]
     OtherKind {
         /// What we read.
         wanted_version: String,
@@ -97,8 +99,8 @@ fn check_field(schema: &Value, name: &str, path: &str, value: &Value, faults: &m
 }
 
 fn check(schema: &Value, path: &str, value: &Value, faults: &mut Vec<String>) {
-    if value.is_null() && schema["nullable"] == true {
-        return;
+    if value.is_null() {
+        return; // The API server drops it; what is required is missed below by `get`.
     }
     let kind = schema["type"].as_str().unwrap_or_default();
     let matches = match kind {
@@ -118,27 +120,28 @@ fn check(schema: &Value, path: &str, value: &Value, faults: &mut Vec<String>) {
     {
         faults.push(format!("{path}: {value} must be one of {}", Value::from(choices.clone())));
     }
-    let mut bound = |broken: bool, words: &str, limit: &str| {
+    let mut bound = |name: &str, measured: f64, words: &str| {
+        let Some(limit) = schema[name].as_f64() else { return };
+        let broken = if name.starts_with("min") { measured < limit } else { measured > limit };
         if broken {
-            faults.push(format!("{path}: {value} {words} {}", schema[limit]));
+            faults.push(format!("{path}: {value} must {words} {limit}"));
         }
     };
     if let Some(number) = value.as_f64() {
-        let limit = |name: &str| schema[name].as_f64();
-        bound(limit("minimum").is_some_and(|limit| number < limit), "must be at least", "minimum");
-        bound(limit("maximum").is_some_and(|limit| number > limit), "must be at most", "maximum");
+        bound("minimum", number, "be at least");
+        bound("maximum", number, "be at most");
     }
     if let Some(text) = value.as_str() {
-        let (length, limit) = (text.chars().count() as u64, |name: &str| schema[name].as_u64());
-        bound(limit("minLength").is_some_and(|limit| length < limit), "is shorter than", "minLength");
-        bound(limit("maxLength").is_some_and(|limit| length > limit), "is longer than", "maxLength");
+        let length = text.chars().count() as f64;
+        bound("minLength", length, "have a length of at least");
+        bound("maxLength", length, "have a length of at most");
     }
     for (name, value) in value.as_object().into_iter().flatten() {
         check_field(schema, name, &format!("{path}.{name}"), value, faults);
     }
     let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
     for name in required {
-        if value.get(name).is_none() {
+        if value.get(name).is_none_or(Value::is_null) {
             faults.push(format!("{path}.{name}: required"));
         }
     }

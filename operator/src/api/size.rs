@@ -134,18 +134,26 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_kubernetes_reads_them() {
-        for (text, bytes) in
-            [("512Mi", 512 << 20), ("2Gi", 2 << 30), ("1k", 1000), ("7", 7), ("999999Ti", 999_999 << 40)]
-        {
+        for (text, bytes) in [
+            ("512Mi", 512 << 20),
+            ("2Gi", 2 << 30),
+            ("1k", 1000),
+            ("7", 7),
+            ("999999Ti", 999_999 << 40),
+        ] {
             assert_eq!(text.parse::<ByteSize>().unwrap().get(), bytes, "{text}");
         }
     }
 
     #[test]
     fn a_size_is_written_in_its_canonical_form() {
-        for (text, canonical) in
-            [("1024Mi", "1Gi"), ("1536Mi", "1536Mi"), ("1000", "1000"), ("1M", "1000000"), ("2048", "2Ki")]
-        {
+        for (text, canonical) in [
+            ("1024Mi", "1Gi"),
+            ("1536Mi", "1536Mi"),
+            ("1000", "1000"),
+            ("1M", "1000000"),
+            ("2048", "2Ki"),
+        ] {
             assert_eq!(text.parse::<ByteSize>().unwrap().to_string(), canonical);
         }
     }

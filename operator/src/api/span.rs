@@ -108,9 +108,13 @@ mod tests {
 
     #[test]
     fn a_span_is_read_in_seconds_and_written_in_its_largest_unit() {
-        for (text, seconds, canonical) in
-            [("0", 0, "0"), ("90s", 90, "90s"), ("60m", 3600, "1h"), ("24h", 86400, "1d"), ("7d", 604_800, "7d")]
-        {
+        for (text, seconds, canonical) in [
+            ("0", 0, "0"),
+            ("90s", 90, "90s"),
+            ("60m", 3600, "1h"),
+            ("24h", 86400, "1d"),
+            ("7d", 604_800, "7d"),
+        ] {
             let span: Span = text.parse().unwrap();
             assert_eq!((span.seconds(), span.to_string().as_str()), (seconds, canonical));
         }

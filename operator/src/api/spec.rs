@@ -155,7 +155,10 @@ fn one_replica() -> u32 {
 #[serde(rename_all = "camelCase")]
 pub struct ModelSpec {
     /// Name under which clients ask for the model, such as `smollm2-135m-instruct`. Immutable.
-    #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9]([-._/A-Za-z0-9]*[A-Za-z0-9])?$"))]
+    #[schemars(
+        length(min = 1, max = 128),
+        regex(pattern = r"^[A-Za-z0-9]([-._/A-Za-z0-9]*[A-Za-z0-9])?$")
+    )]
     pub name: String,
 
     /// OCI image that holds the weights, mounted read-only as an image volume. Its root must hold

@@ -31,7 +31,7 @@ const EXIT_CONFIGURATION: u8 = 64;
 /// Something else went wrong here.
 const EXIT_SOFTWARE: u8 = 70;
 /// As the pod's startup probes: ten minutes for a large model.
-const START_TIMEOUT: Duration = Duration::from_secs(600);
+const START_TIMEOUT: Duration = Duration::from_mins(10);
 /// How often a starting program is asked.
 const START_PERIOD: Duration = Duration::from_millis(100);
 /// Longest wait for one answer of a starting program.
@@ -177,10 +177,9 @@ impl Replica {
         runtime_place: &mut Option<Program>,
     ) -> anyhow::Result<ExitCode> {
         let http = self.cache.to_string();
-        let places =
-            DaemonPlaces { socket: &self.socket, disk_dir: &self.disk_dir, http: &http };
+        let places = DaemonPlaces { socket: &self.socket, disk_dir: &self.disk_dir, http: &http };
         let daemon = daemon_place
-            .insert(self.start(CACHE_DAEMON, arguments::daemon(&self.model.spec, places))?);
+            .insert(self.start(CACHE_DAEMON, &arguments::daemon(&self.model.spec, places))?);
         if let Some(code) = daemon.until_answers(self.cache, "/started").await? {
             return Ok(code);
         }
@@ -189,7 +188,7 @@ impl Replica {
         let places =
             RuntimePlaces { model: &self.weights, cache_socket: &self.socket, http: &http };
         let runtime = runtime_place
-            .insert(self.start(RUNTIME, arguments::runtime(&self.model.spec, places))?);
+            .insert(self.start(RUNTIME, &arguments::runtime(&self.model.spec, places))?);
         if let Some(code) = runtime.until_answers(self.api, "/health").await? {
             return Ok(code);
         }
@@ -201,13 +200,14 @@ impl Replica {
             self.cache,
             self.dir.join("logs").display()
         );
-        tokio::select! {
+        let code = tokio::select! {
             status = daemon.child.wait() => daemon.ended(status?),
             status = runtime.child.wait() => runtime.ended(status?),
-        }
+        };
+        Ok(code)
     }
 
-    fn start(&self, name: &'static str, arguments: Vec<String>) -> anyhow::Result<Program> {
+    fn start(&self, name: &'static str, arguments: &[String]) -> anyhow::Result<Program> {
         Program::start(name, &self.bin_dir, &self.dir.join("logs"), arguments)
     }
 }
@@ -227,7 +227,7 @@ impl Program {
         name: &'static str,
         bin_dir: &Path,
         logs: &Path,
-        arguments: Vec<String>,
+        arguments: &[String],
     ) -> anyhow::Result<Self> {
         let log = logs.join(format!("{name}.log"));
         let open = || {
@@ -264,7 +264,7 @@ impl Program {
         let since = Instant::now();
         while since.elapsed() < START_TIMEOUT {
             if let Some(status) = self.child.try_wait()? {
-                return self.ended(status).map(Some);
+                return Ok(Some(self.ended(status)));
             }
             if matches!(timeout(PROBE_TIMEOUT, answers(address, path)).await, Ok(Ok(true))) {
                 return Ok(None);
@@ -276,14 +276,14 @@ impl Program {
 
     /// The code that says how the program ended, and its last sentence on our stderr. A program that
     /// was not told to end has failed, even with code 0.
-    fn ended(&self, status: ExitStatus) -> anyhow::Result<ExitCode> {
+    fn ended(&self, status: ExitStatus) -> ExitCode {
         let words = self.last_words.lock().map(|words| words.clone()).unwrap_or_default();
         eprintln!("local: {} ended by itself ({status}): {words}", self.name);
         let code = status.code().unwrap_or(i32::from(EXIT_SOFTWARE));
-        Ok(match u8::try_from(code) {
+        match u8::try_from(code) {
             Ok(0) | Err(_) => ExitCode::from(EXIT_SOFTWARE),
             Ok(code) => ExitCode::from(code),
-        })
+        }
     }
 
     /// SIGTERM, then SIGKILL after `grace`.

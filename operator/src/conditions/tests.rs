@@ -148,10 +148,8 @@ fn a_bad_model_file_unresolves_the_model_with_the_runtime_s_own_sentence() {
 #[test]
 fn a_daemon_that_crashes_is_told_by_the_cache_and_by_nothing_else_while_the_runtime_answers() {
     let mut status = ready_pod();
-    status["initContainerStatuses"] = json!([container(
-        "cache-daemon",
-        &json!({"waiting": {"reason": "CrashLoopBackOff"}})
-    )]);
+    status["initContainerStatuses"] =
+        json!([container("cache-daemon", &json!({"waiting": {"reason": "CrashLoopBackOff"}}))]);
     let scene = Scene::new(status, "Bound");
     assert_eq!(scene.words()[0], "Ready=True/Ready");
     assert_eq!(scene.words()[2], "CacheReady=False/DaemonsStarting");
@@ -172,7 +170,9 @@ fn a_taken_name_says_whose_it_is_not() {
     scene.observed.service = None;
     scene.observed.strangers.insert((Kind::Service, "smollm2".into()));
     assert_eq!(scene.words()[0], "Ready=False/NameTaken");
-    assert!(scene.ready_message().starts_with("service smollm2 exists and belongs to somebody else"));
+    assert!(
+        scene.ready_message().starts_with("service smollm2 exists and belongs to somebody else")
+    );
 }
 
 #[test]
@@ -204,7 +204,11 @@ fn a_condition_keeps_its_time_until_its_status_turns() {
     scene.model.status = Some(old);
     let same = scene.status(None);
     assert!(same.conditions.iter().all(|condition| condition.last_transition_time.0 == before));
-    assert_eq!(scene.model.status.as_ref(), Some(&same), "an unchanged status is not written again");
+    assert_eq!(
+        scene.model.status.as_ref(),
+        Some(&same),
+        "an unchanged status is not written again"
+    );
 
     let replica = scene.observed.pods.get_mut(&ReplicaIndex(0)).unwrap();
     replica.status = serde_json::from_value(ready_pod()).unwrap();

@@ -57,8 +57,7 @@ pub fn runtime(spec: &ConversationModelSpec, places: RuntimePlaces<'_>) -> Vec<S
         Reuse::Own => "own",
         Reuse::Any => "any",
     };
-    let (runtime, prefill, decode) =
-        (&spec.runtime, &spec.ada_skip.prefill, &spec.ada_skip.decode);
+    let (runtime, prefill, decode) = (&spec.runtime, &spec.ada_skip.prefill, &spec.ada_skip.decode);
     let mut arguments = Vec::new();
     let mut flag = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
     flag("model", places.model.into());

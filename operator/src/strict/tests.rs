@@ -45,21 +45,18 @@ fn a_bad_spec_is_refused_in_words_that_name_the_field_and_the_remedy() {
             "unknown field \"spec.runtime.thread\"",
         ),
         ("{model: {name: m, image: i}, replicas: 65}", "spec.replicas: 65 must be at most 64"),
-        ("{model: {name: m, image: i}, replicas: two}", "spec.replicas: \"two\" must be of type integer"),
+        (
+            "{model: {name: m, image: i}, replicas: two}",
+            "spec.replicas: \"two\" must be of type integer",
+        ),
         ("{model: {image: i}}", "spec.model.name: required"),
         ("{model: {name: m, image: i}, runtime: {threads: 0}}", "must be at least 1"),
         (
             "{model: {name: m, image: i}, runtime: {sequencesMax: 64, stepTokensMax: 32}}",
             "runtime.stepTokensMax must be at least runtime.sequencesMax",
         ),
-        (
-            "{model: {name: m, image: i}, runtime: {tokensPerBlock: 40}}",
-            "must be a multiple of 16",
-        ),
-        (
-            "{model: {name: m, image: i}, runtime: {contextMax: 8}}",
-            "runtime.contextMax must be 0",
-        ),
+        ("{model: {name: m, image: i}, runtime: {tokensPerBlock: 40}}", "must be a multiple of 16"),
+        ("{model: {name: m, image: i}, runtime: {contextMax: 8}}", "runtime.contextMax must be 0"),
         (
             "{model: {name: m, image: i}, runtime: {deviceMemory: 1Mi}}",
             "runtime.deviceMemory must be at least 64Mi",
@@ -68,10 +65,7 @@ fn a_bad_spec_is_refused_in_words_that_name_the_field_and_the_remedy() {
             "{model: {name: m, image: i}, cache: {host: {memory: 63Mi}}}",
             "cache.host.memory must be at least 64Mi",
         ),
-        (
-            "{model: {name: m, image: i}, cache: {host: {memory: lots}}}",
-            "\"lots\" is not a size",
-        ),
+        ("{model: {name: m, image: i}, cache: {host: {memory: lots}}}", "\"lots\" is not a size"),
         (
             "{model: {name: m, image: i}, cache: {disk: {size: 100Mi}}}",
             "cache.disk.size must be at least 256Mi",
