@@ -71,6 +71,9 @@ CGROUP=colloquy # Below the root of each cgroup hierarchy.
 KUBECONFIG_ADMIN=$CLUSTER_DIR/admin.kubeconfig
 CONTAINERD_SOCKET=$CLUSTER_DIR/run/containerd.sock
 
+# Without these kubectl and helm keep caches in the home folder.
+export KUBECACHEDIR=$CLUSTER_DIR/run/kubectl HELM_CACHE_HOME=$CLUSTER_DIR/run/helm
+
 kubectl() { "$BIN_KUBERNETES/kubectl" --kubeconfig "$KUBECONFIG_ADMIN" "$@"; }
 ctr() { CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 "$BIN_CONTAINERD/ctr" --address "$CONTAINERD_SOCKET" --namespace k8s.io "$@"; }
 
@@ -80,9 +83,14 @@ COMPONENTS=(
   etcd kube-apiserver kube-controller-manager kube-scheduler containerd kubelet kube-proxy local-path-provisioner
 )
 
-start_time_of() { # PID → clock ticks since boot, or nothing
-  # The command's name, in parentheses, may hold anything; the 20th field after it is the start time.
-  [[ -r /proc/$1/stat ]] && sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+start_time_of() { # PID → clock ticks since boot; nothing for a process that ended, though nobody has taken note yet
+  # The command's name, in parentheses, may hold anything; behind it come the state and, 20th, the start time.
+  local fields
+  fields=$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) || return 0
+  case $fields in
+    Z* | X*) ;;
+    *) cut -d ' ' -f 20 <<<"$fields" ;;
+  esac
 }
 
 pid_of() { # NAME → the pid, or nothing when that process is gone
@@ -110,7 +118,8 @@ start() { # NAME COMMAND...
 # Ends the process of a pid: asks, waits, insists.
 end_process() { # PID SECONDS_OF_GRACE
   local pid=$1 deadline=$((SECONDS + $2)) started
-  started=$(start_time_of "$pid") || return 0
+  started=$(start_time_of "$pid")
+  [[ -n $started ]] || return 0
   kill -TERM "$pid" 2>/dev/null || return 0
   while [[ $(start_time_of "$pid") == "$started" ]]; do
     if ((SECONDS >= deadline)); then

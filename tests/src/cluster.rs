@@ -229,6 +229,9 @@ pub fn tool(program: &str) -> Command {
     let folder = cluster_dir();
     let mut command = Command::new(folder.join("bin").join(program));
     command.env("KUBECONFIG", folder.join("admin.kubeconfig"));
+    // Without these they keep caches in the home folder.
+    command.env("KUBECACHEDIR", folder.join("run/kubectl"));
+    command.env("HELM_CACHE_HOME", folder.join("run/helm"));
     command
 }
 
