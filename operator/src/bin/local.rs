@@ -24,6 +24,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufRead
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 /// The file, or the command line, is refused.
@@ -36,6 +37,8 @@ const START_TIMEOUT: Duration = Duration::from_mins(10);
 const START_PERIOD: Duration = Duration::from_millis(100);
 /// Longest wait for one answer of a starting program.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for the last lines of a program that has ended.
+const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(5);
 /// `sun_path` has 108 bytes and ends with a zero.
 const SOCKET_PATH_MAX: usize = 107;
 
@@ -201,8 +204,8 @@ impl Replica {
             self.dir.join("logs").display()
         );
         let code = tokio::select! {
-            status = daemon.child.wait() => daemon.ended(status?),
-            status = runtime.child.wait() => runtime.ended(status?),
+            status = daemon.child.wait() => daemon.ended(status?).await,
+            status = runtime.child.wait() => runtime.ended(status?).await,
         };
         Ok(code)
     }
@@ -220,6 +223,7 @@ struct Program {
     name: &'static str,
     child: Child,
     last_words: Arc<Mutex<String>>,
+    pumps: JoinSet<()>,
 }
 
 impl Program {
@@ -245,14 +249,15 @@ impl Program {
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
         let last_words = Arc::new(Mutex::new(String::new()));
+        let mut pumps = JoinSet::new();
         if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(pump(name, stdout, open()?, None));
+            pumps.spawn(pump(name, stdout, open()?, None));
         }
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(pump(name, stderr, open()?, Some(last_words.clone())));
+            pumps.spawn(pump(name, stderr, open()?, Some(last_words.clone())));
         }
         println!("started {name} (pid {})", child.id().unwrap_or_default());
-        Ok(Self { name, child, last_words })
+        Ok(Self { name, child, last_words, pumps })
     }
 
     /// Waits until the program answers 200; its exit code when it ends instead.
@@ -264,7 +269,7 @@ impl Program {
         let since = Instant::now();
         while since.elapsed() < START_TIMEOUT {
             if let Some(status) = self.child.try_wait()? {
-                return Ok(Some(self.ended(status)));
+                return Ok(Some(self.ended(status).await));
             }
             if matches!(timeout(PROBE_TIMEOUT, answers(address, path)).await, Ok(Ok(true))) {
                 return Ok(None);
@@ -276,7 +281,8 @@ impl Program {
 
     /// The code that says how the program ended, and its last sentence on our stderr. A program that
     /// was not told to end has failed, even with code 0.
-    fn ended(&self, status: ExitStatus) -> ExitCode {
+    async fn ended(&mut self, status: ExitStatus) -> ExitCode {
+        self.read_to_the_end().await;
         let words = self.last_words.lock().map(|words| words.clone()).unwrap_or_default();
         eprintln!("local: {} ended by itself ({status}): {words}", self.name);
         let code = status.code().unwrap_or(i32::from(EXIT_SOFTWARE));
@@ -296,6 +302,16 @@ impl Program {
         if timeout(grace, self.child.wait()).await.is_err() {
             eprintln!("local: {} did not end in {grace:?} and is killed", self.name);
             let _ = self.child.kill().await;
+        }
+        self.read_to_the_end().await;
+    }
+
+    /// Waits for the last lines of a program that has ended; not for ever, as a child of its own may
+    /// hold the pipe open.
+    async fn read_to_the_end(&mut self) {
+        let all = async { while self.pumps.join_next().await.is_some() {} };
+        if timeout(LAST_LINES_TIMEOUT, all).await.is_err() {
+            eprintln!("local: a child of {} still runs and may write to its log", self.name);
         }
     }
 }
