@@ -1,1 +1,24 @@
-//! Placeholder.
+//! The cache daemon: keeps conversations' KV in a shared region and on disk, and moves it by what the
+//! runtime's queue says.
+//!
+//! Reading order: [`supervise`], [`worker`], [`daemon`] (the loop), [`attachment`], [`store`],
+//! [`transfer`], [`directory`], [`policy`], [`tier`].
+//!
+//! **Invariant:** the daemon never parses weights, never speaks to a GPU, and knows no model but by
+//! its geometry and fingerprint.
+
+pub mod attachment;
+pub mod config;
+pub mod conversation;
+pub mod daemon;
+pub mod directory;
+pub mod http;
+pub mod listen;
+pub mod metrics;
+pub mod policy;
+pub mod shm;
+pub mod store;
+pub mod supervise;
+pub mod tier;
+pub mod transfer;
+pub mod worker;

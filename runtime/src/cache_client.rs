@@ -111,7 +111,8 @@ pub enum CacheEvent {
     Found {
         /// Whose.
         sequence: SequenceTag,
-        /// Ascending by index; may have gaps that are on their way from disk.
+        /// Ascending by index; may have gaps that are on their way from disk. The last may be a block of
+        /// which only the first `tokens` are the query's.
         blocks: Vec<CachedBlock>,
         /// How many are on their way; `Promoted` follows if not 0.
         on_disk: u32,
@@ -642,48 +643,48 @@ impl Attachment {
             let span = FrameSpan::pinned(&self.life, block.handle);
             let Some(asked) = asked else { continue };
             match self.check_block(&asked.query, block, span) {
-                Some(cached) => blocks.push(cached),
-                None => rejected += 1,
+                Ok(cached) => blocks.extend(cached),
+                Err(Rejected) => rejected += 1,
             }
         }
-        blocks.sort_by_key(|block| block.index);
+        // Of several open children (a tail, or a block that goes on differently) the one that helps most.
+        blocks.sort_by_key(|block| (block.index, std::cmp::Reverse(block.tokens)));
+        blocks.dedup_by_key(|block| block.index);
         Ok((blocks, rejected))
     }
 
+    /// `None`: a child of the chain's last block that goes on with other tokens.
     fn check_block(
         &self,
         query: &Query,
         block: &FoundBlock,
         span: Arc<FrameSpan>,
-    ) -> Option<CachedBlock> {
+    ) -> Result<Option<CachedBlock>, Rejected> {
         let table = &self.life.table;
-        let word = table.state(block.handle.frame).ok()?;
+        let word = table.state(block.handle.frame).map_err(|_| Rejected)?;
         if word.generation != block.handle.generation || word.state != FrameState::Pinned {
-            return None;
+            return Err(Rejected);
         }
-        let header = table.header(block.handle).ok()?;
+        let header = table.header(block.handle).map_err(|_| Rejected)?;
         let index = block.index as usize;
-        if header.root != query.root
-            || !query.accept.takes(&header.variant, &header.numerics)
-            || index > query.keys.len()
-            || index > SEQUENCE_KEYS_MAX as usize
-        {
-            return None;
+        let is_in_chain = index <= query.keys.len() && index <= SEQUENCE_KEYS_MAX as usize;
+        let is_acceptable = query.accept.takes(&header.variant, &header.numerics);
+        if header.root != query.root || !is_acceptable || !is_in_chain {
+            return Err(Rejected);
         }
         let parent = match index.checked_sub(1) {
             Some(before) => query.keys[before],
             None => query.root.as_parent(),
         };
-        let tokens_per_block = usize::from(table.geometry().tokens_per_block());
-        let asked_tokens = query.tokens.get(index * tokens_per_block..)?;
+        if header.parent != parent {
+            return Err(Rejected);
+        }
+        let start = index * usize::from(table.geometry().tokens_per_block());
+        let asked = query.tokens.get(start..).ok_or(Rejected)?;
         // The keys say the same; token ids are compared all the same.
         let tokens =
-            header.tokens.iter().zip(asked_tokens).take_while(|(have, want)| have == want).count();
-        let is_whole = index < query.keys.len();
-        if header.parent != parent || tokens == 0 || (is_whole && tokens < tokens_per_block) {
-            return None;
-        }
-        Some(CachedBlock {
+            header.tokens.iter().zip(asked).take_while(|(have, want)| have == want).count();
+        Ok((tokens > 0).then(|| CachedBlock {
             index: block.index,
             tokens: tokens as u32,
             frame: span,
@@ -691,9 +692,12 @@ impl Attachment {
             variant: header.variant,
             numerics: header.numerics,
             tier: block.tier,
-        })
+        }))
     }
 }
+
+/// A found block is not what was asked for.
+struct Rejected;
 
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)

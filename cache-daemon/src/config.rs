@@ -1,0 +1,135 @@
+//! Flags of the daemon, checked before anything is opened.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::policy::PolicyKind;
+
+/// Most bytes a region may have: offsets stay far from overflow.
+const HOST_BYTES_MAX: u64 = 1 << 42;
+/// Fewest bytes of a disk tier: RocksDB's own files need some.
+const DISK_BYTES_MIN: u64 = 16 << 20;
+
+/// Flags of both commands, as given.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Flags {
+    /// Unix socket of the handshake.
+    #[arg(long, env = "COLLOQUY_SOCKET", default_value = "/run/kv/daemon.sock")]
+    pub socket: PathBuf,
+    /// Bytes of the shared region (plain, or with KiB, MiB, GiB).
+    #[arg(long, env = "COLLOQUY_HOST_BYTES", value_parser = parse_bytes)]
+    pub host_bytes: u64,
+    /// Folder of the disk tier; without it there is none.
+    #[arg(long, env = "COLLOQUY_DISK_DIR")]
+    pub disk_dir: Option<PathBuf>,
+    /// Bytes that the disk tier may take.
+    #[arg(long, env = "COLLOQUY_DISK_BYTES", value_parser = parse_bytes, default_value = "1GiB")]
+    pub disk_bytes: u64,
+    /// Health, metrics, status.
+    #[arg(long, env = "COLLOQUY_HTTP", default_value = "0.0.0.0:9100")]
+    pub http: SocketAddr,
+    /// Which blocks leave the host tier first.
+    #[arg(long, env = "COLLOQUY_POLICY", value_enum, default_value_t = PolicyKind::LookAhead)]
+    pub policy: PolicyKind,
+    /// Seconds after its last use at which a block is forgotten; 0 is never.
+    #[arg(long, env = "COLLOQUY_TTL_SECONDS", default_value_t = 0)]
+    pub ttl_seconds: u64,
+    /// Seconds after its last use at which a conversation counts as idle and its tail goes to disk.
+    #[arg(long, env = "COLLOQUY_TAIL_IDLE_SECONDS", default_value_t = 10)]
+    pub tail_idle_seconds: u64,
+}
+
+/// Checked settings.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// See [`Flags::socket`].
+    pub socket: PathBuf,
+    /// Whole pages.
+    pub host_bytes: u64,
+    /// See [`Flags::disk_dir`].
+    pub disk_dir: Option<PathBuf>,
+    /// See [`Flags::disk_bytes`].
+    pub disk_bytes: u64,
+    /// See [`Flags::http`].
+    pub http: SocketAddr,
+    /// See [`Flags::policy`].
+    pub policy: PolicyKind,
+    /// `None` is never.
+    pub ttl: Option<Duration>,
+    /// See [`Flags::tail_idle_seconds`].
+    pub tail_idle: Duration,
+}
+
+/// A flag that cannot be: exit code 64.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A size outside its bounds.
+    #[error("{flag} is {value} bytes, must be {min} to {max}")]
+    Size {
+        /// Which.
+        flag: &'static str,
+        /// Given.
+        value: u64,
+        /// Fewest.
+        min: u64,
+        /// Most.
+        max: u64,
+    },
+}
+
+impl TryFrom<Flags> for Config {
+    type Error = ConfigError;
+
+    fn try_from(flags: Flags) -> Result<Self, ConfigError> {
+        let min = kv_protocol::layout::FRAME_TABLE_AT + (1 << 20);
+        let host_bytes = flags.host_bytes / 4096 * 4096;
+        if !(min..=HOST_BYTES_MAX).contains(&host_bytes) {
+            let (flag, value, max) = ("--host-bytes", flags.host_bytes, HOST_BYTES_MAX);
+            return Err(ConfigError::Size { flag, value, min, max });
+        }
+        if flags.disk_dir.is_some() && flags.disk_bytes < DISK_BYTES_MIN {
+            let (flag, value, max) = ("--disk-bytes", flags.disk_bytes, u64::MAX);
+            return Err(ConfigError::Size { flag, value, min: DISK_BYTES_MIN, max });
+        }
+        Ok(Self {
+            socket: flags.socket,
+            host_bytes,
+            disk_dir: flags.disk_dir,
+            disk_bytes: flags.disk_bytes,
+            http: flags.http,
+            policy: flags.policy,
+            ttl: (flags.ttl_seconds > 0).then(|| Duration::from_secs(flags.ttl_seconds)),
+            tail_idle: Duration::from_secs(flags.tail_idle_seconds),
+        })
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a number of bytes"))?;
+    let factor: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "Ki" | "KiB" => 1 << 10,
+        "Mi" | "MiB" => 1 << 20,
+        "Gi" | "GiB" => 1 << 30,
+        "Ti" | "TiB" => 1 << 40,
+        unit => return Err(format!("unknown unit {unit:?}: use KiB, MiB, GiB or TiB")),
+    };
+    number.checked_mul(factor).ok_or_else(|| format!("{text} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_plain_and_with_units() {
+        assert_eq!(parse_bytes("1048576"), Ok(1 << 20));
+        assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_bytes("512Mi"), Ok(512 << 20));
+        assert!(parse_bytes("12 parsecs").is_err());
+        assert!(parse_bytes("99999999999TiB").is_err());
+    }
+}

@@ -1,0 +1,3 @@
+//! The region's memory in this process.
+
+pub mod map;

@@ -1,0 +1,256 @@
+//! Blocks in all tiers: directory, host frames and disk together, and what may be done with a block.
+//!
+//! The moves between tiers are in [`crate::transfer`]; this file has what the loop's messages ask for.
+
+use std::sync::Arc;
+
+use kv_protocol::message::{CommitOutcome, FoundBlock, FrameHandle, KeyList, Tier};
+use kv_protocol::table::{FrameTable, RegionView};
+use kv_protocol::{AttachmentId, BlockKey, Geometry, MissReason};
+
+use crate::attachment::ProtocolError;
+use crate::conversation::Conversations;
+use crate::directory::{Block, Directory, Link, OnDisk};
+use crate::metrics::Metrics;
+use crate::policy::PolicyKind;
+use crate::tier::disk::DiskWorkers;
+use crate::tier::host::HostTier;
+use crate::transfer::{Transfers, Waiter};
+
+/// Settings of the store.
+#[derive(Debug, Clone, Copy)]
+pub struct StoreConfig {
+    /// Which blocks leave the host tier first.
+    pub policy: PolicyKind,
+    /// Bytes that the disk tier may take; 0 is no disk.
+    pub disk_bytes: u64,
+    /// Milliseconds after its last use at which a block is forgotten.
+    pub ttl_ms: Option<u64>,
+    /// Milliseconds after its last use at which a tail goes to disk.
+    pub tail_idle_ms: u64,
+}
+
+/// See the module.
+pub struct Store {
+    pub(crate) config: StoreConfig,
+    pub(crate) directory: Directory,
+    /// `None` until a runtime has brought a geometry.
+    pub(crate) host: Option<HostTier>,
+    pub(crate) disk: DiskWorkers,
+    pub(crate) transfers: Transfers,
+    pub(crate) conversations: Conversations,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// What a lookup found: blocks pinned now, and how many are on their way.
+#[derive(Debug, Default)]
+pub struct LookedUp {
+    /// In frames, pinned.
+    pub pinned: Vec<FoundBlock>,
+    /// On disk, promotes asked for.
+    pub on_disk: usize,
+    /// Why the chain ends.
+    pub miss: Option<MissReason>,
+}
+
+impl Store {
+    /// An empty store over disk threads that are opening the disk tier.
+    pub fn new(config: StoreConfig, disk: DiskWorkers, metrics: Arc<Metrics>) -> Self {
+        Self {
+            config,
+            directory: Directory::default(),
+            host: None,
+            disk,
+            transfers: Transfers::new(config.disk_bytes),
+            conversations: Conversations::new(config.disk_bytes / 8),
+            metrics,
+        }
+    }
+
+    /// Shape of the blocks, once known.
+    pub fn geometry(&self) -> Option<&Geometry> {
+        self.host.as_ref().map(|host| host.table().geometry())
+    }
+
+    /// Takes over what an earlier worker left in the region.
+    pub fn adopt_region(&mut self, view: &RegionView) {
+        match view.table() {
+            Ok(table) => self.adopt_table(table),
+            Err(error) => tracing::info!(%error, "starting with an empty host tier"),
+        }
+    }
+
+    fn adopt_table(&mut self, table: FrameTable) {
+        let geometry = *table.geometry();
+        let (mut host, mut adopted, corrupt) = HostTier::adopt(table);
+        self.metrics.corrupt.with_label_values(&["frame"]).inc_by(corrupt.into());
+        adopted.sort_by_key(|block| block.header.created_ms); // Parents before children.
+        let count = adopted.len();
+        for block in adopted {
+            let key = block.header.key;
+            if self.directory.get(&key).is_some_and(|known| known.host.is_some()) {
+                host.disown(block.frame); // A second copy.
+                continue;
+            }
+            host.set_block(block.frame, key);
+            if let Some(known) = self.directory.get_mut(&key) {
+                known.host = Some(block.frame);
+                continue;
+            }
+            let is_full = block.header.is_full(&geometry);
+            let mut entry = Block::new(&block.header, is_full);
+            entry.host = Some(block.frame);
+            entry.arrival = self.transfers.next_arrival();
+            self.directory.insert(key, entry);
+            self.transfers.mark_dirty(key, is_full);
+        }
+        tracing::info!(blocks = count, corrupt, %geometry, "host tier adopted");
+        self.host = Some(host);
+    }
+
+    /// Formats the region for a geometry; blocks that are nowhere else are forgotten.
+    pub fn format(&mut self, view: &RegionView, geometry: Geometry) -> bool {
+        let table = match view.format(geometry) {
+            Ok(table) => table,
+            Err(error) => {
+                tracing::error!(%error, "region not formatted");
+                return false;
+            }
+        };
+        let in_host: Vec<BlockKey> =
+            self.directory.iter().filter(|(_, b)| b.host.is_some()).map(|(key, _)| *key).collect();
+        for key in in_host {
+            self.leave_host(&key, MissReason::Evicted);
+        }
+        self.host = Some(HostTier::adopt(table).0);
+        tracing::info!(%geometry, epoch = view.format_epoch(), "region formatted");
+        true
+    }
+
+    /// Whether a format would take something from somebody: pins, fillings, copies under way, blocks
+    /// that could still go to disk.
+    pub fn is_busy(&self) -> bool {
+        let in_use = self.host.as_ref().is_some_and(HostTier::any_in_use);
+        in_use || self.transfers.any_under_way()
+    }
+
+    /// The block's frame holds it no more; forgets the block if it is nowhere else. The frame itself is
+    /// the caller's.
+    pub(crate) fn leave_host(&mut self, key: &BlockKey, reason: MissReason) {
+        let Some(block) = self.directory.get_mut(key) else { return };
+        block.host = None;
+        if block.disk == OnDisk::Absent {
+            self.directory.remove(key, reason);
+        }
+    }
+
+    /// Forgets a block in all tiers.
+    pub(crate) fn forget(&mut self, key: &BlockKey, reason: MissReason) {
+        let Some(block) = self.directory.remove(key, reason) else { return };
+        if let (Some(frame), Some(host)) = (block.host, &mut self.host) {
+            host.disown(frame);
+        }
+        if let OnDisk::Stored { order } = block.disk {
+            self.transfers.unstore(order, *key);
+        } // While `Writing`, the end of the write finds the block unknown and removes it.
+    }
+
+    /// A runtime has filled a frame. What it says is checked; the frame is published or free after this.
+    pub fn commit(
+        &mut self,
+        id: AttachmentId,
+        handle: FrameHandle,
+        now_ms: u64,
+    ) -> Result<CommitOutcome, ProtocolError> {
+        let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
+        host.check_filling(handle, id)?;
+        let frame = handle.frame;
+        let geometry = *host.table().geometry();
+        let header = match host.table().header(handle) {
+            Ok(header) => header,
+            Err(error) => {
+                tracing::warn!(frame = frame.0, %error, "commit refused");
+                self.metrics.corrupt.with_label_values(&["commit"]).inc();
+                host.free(frame);
+                return Ok(CommitOutcome::Refused);
+            }
+        };
+        let key = header.key;
+        let is_full = header.is_full(&geometry);
+        let mut block = Block::new(&header, is_full);
+        if let Some(known) = self.directory.get_mut(&key) {
+            known.used_ms = now_ms;
+            if known.has_labels_of(&block) {
+                if known.host.is_some() || self.transfers.is_reading(&key) {
+                    host.free(frame);
+                    return Ok(CommitOutcome::Known);
+                }
+                // On disk only: the frame spares a promote, and nothing needs to be written again.
+                known.host = Some(frame);
+                host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
+                return Ok(CommitOutcome::Stored);
+            }
+            // Other labels: the newest is the likeliest to be read again.
+            self.forget(&key, MissReason::Variant);
+        }
+        let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
+        host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
+        block.host = Some(frame);
+        block.used_ms = now_ms;
+        block.arrival = self.transfers.next_arrival();
+        self.directory.insert(key, block);
+        for tail in self.directory.outgrown(&key) {
+            self.forget(&tail, MissReason::Evicted);
+        }
+        self.transfers.mark_dirty(key, is_full);
+        Ok(CommitOutcome::Stored)
+    }
+
+    /// Finds the longest known prefix; pins what is in frames and asks for what is on disk.
+    pub fn lookup(&mut self, waiter: Waiter, list: &KeyList, now_ms: u64) -> LookedUp {
+        let chain = self.directory.lookup(list);
+        let mut found = LookedUp { miss: chain.miss, ..LookedUp::default() };
+        let Some(host) = &mut self.host else { return found };
+        for Link { index, key } in chain.links {
+            let Some(block) = self.directory.get_mut(&key) else { continue };
+            block.used_ms = now_ms;
+            match block.host {
+                Some(frame) => match host.pin(frame, waiter.id) {
+                    Ok(handle) => {
+                        found.pinned.push(FoundBlock { index, handle, tier: Tier::Host });
+                    }
+                    Err(error) => {
+                        tracing::error!(frame = frame.0, %error, "frame lost");
+                        found.miss = Some(MissReason::Checksum);
+                    }
+                },
+                None => {
+                    self.transfers.want(key, Waiter { index, ..waiter });
+                    found.on_disk += 1;
+                }
+            }
+        }
+        found
+    }
+
+    /// Everything that the settings and the clock make unwanted.
+    pub fn expire(&mut self, now_ms: u64) {
+        let oldest_ms = self.config.ttl_ms.map_or(0, |ttl| now_ms.saturating_sub(ttl));
+        for id in self.conversations.expire(oldest_ms) {
+            self.transfers.remove_conversation(id);
+        }
+        if oldest_ms == 0 {
+            return;
+        }
+        let expired: Vec<BlockKey> = self
+            .directory
+            .iter()
+            .filter(|(key, block)| block.used_ms < oldest_ms && !self.transfers.is_reading(key))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in expired {
+            self.forget(&key, MissReason::Expired);
+            self.metrics.expirations.inc();
+        }
+    }
+}

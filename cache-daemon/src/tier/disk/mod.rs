@@ -1,0 +1,459 @@
+//! The disk tier: a trait for where bytes rest, and the threads that do the waiting.
+//!
+//! The loop never touches the disk: it sends a [`Job`] and later gets a [`Done`]. One thread writes, in
+//! order (a removal overtakes no write); [`READERS`] threads read.
+//!
+//! **Invariants**
+//! - What is read is served only if header, key, root and the CRC32C of each row are right; the row
+//!   checksums are also checked before a block is written.
+//! - A block is one atomic batch: payload and index are both there, or neither.
+
+pub mod none;
+pub mod rocks;
+
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use kv_protocol::message::FrameHandle;
+use kv_protocol::table::FrameTable;
+use kv_protocol::{
+    BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason, RootKey,
+};
+
+/// Threads that read. Enough to keep a drive busy with blocks of a megabyte.
+pub const READERS: usize = 4;
+/// Jobs that may wait for the writer, and for the readers.
+pub const JOBS_MAX: usize = 256;
+/// Blocks in one removal.
+pub const REMOVALS_MAX: usize = 256;
+
+/// Why the disk did not do it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// There is no disk tier.
+    #[error("no disk tier is configured (--disk-dir)")]
+    Absent,
+    /// The database said no; no space is one of its reasons.
+    #[error("disk tier in {dir}: {what}: {message}")]
+    Database {
+        /// Where.
+        dir: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The database's words.
+        message: String,
+    },
+    /// The store refuses writes since one failed.
+    #[error("disk tier takes no writes since one failed: {message}")]
+    Poisoned {
+        /// The first failure.
+        message: String,
+    },
+}
+
+/// A block that a restarted worker finds on disk.
+#[derive(Debug)]
+pub struct StoredBlock {
+    /// Its checked header.
+    pub header: BlockHeader,
+    /// Its shape.
+    pub geometry: Geometry,
+    /// Of its write.
+    pub order: u64,
+}
+
+/// A conversation record that a restarted worker finds on disk.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredConversation {
+    /// Name.
+    pub id: ConversationId,
+    /// Unix milliseconds.
+    pub updated_ms: u64,
+    /// Of the record.
+    pub bytes: u64,
+}
+
+/// What the store takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct DiskUsage {
+    /// Bytes of files, garbage included.
+    pub physical_bytes: u64,
+}
+
+/// Where blocks and records rest. Calls may take as long as a disk takes.
+pub trait DiskTier: Send + Sync {
+    /// Reads the whole index; gives back how many entries were corrupt (and are gone now).
+    fn load(
+        &self,
+        block: &mut dyn FnMut(StoredBlock),
+        conversation: &mut dyn FnMut(StoredConversation),
+    ) -> Result<u64, DiskError>;
+    /// Stores a block: payload and index in one atomic step.
+    fn write(
+        &self,
+        geometry: &Geometry,
+        header: &[u8],
+        payload: &[u8],
+        order: u64,
+    ) -> Result<(), DiskError>;
+    /// Gives header and payload to `sink`; `false` if there is no such block.
+    fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError>;
+    /// Forgets blocks.
+    fn remove(&self, keys: &[BlockKey]) -> Result<(), DiskError>;
+    /// Stores a record.
+    fn put_conversation(
+        &self,
+        id: &ConversationId,
+        updated_ms: u64,
+        record: &[u8],
+    ) -> Result<(), DiskError>;
+    /// Fetches a record.
+    fn get_conversation(&self, id: &ConversationId) -> Result<Option<Vec<u8>>, DiskError>;
+    /// Forgets a record.
+    fn remove_conversation(&self, id: &ConversationId) -> Result<(), DiskError>;
+    /// What it takes.
+    fn usage(&self) -> DiskUsage;
+    /// Gives garbage back to the file system; may be long.
+    fn reclaim(&self) -> Result<(), DiskError>;
+    /// Everything written so far survives a loss of power after this.
+    fn flush(&self) -> Result<(), DiskError>;
+}
+
+/// Work for a disk thread.
+#[derive(Debug)]
+pub enum Job {
+    /// Copy a frame to disk. The loop holds the frame.
+    Write {
+        /// Name.
+        key: BlockKey,
+        /// Where its bytes are.
+        handle: FrameHandle,
+        /// The region.
+        table: FrameTable,
+        /// Of this write.
+        order: u64,
+    },
+    /// Copy a block from disk into a granted frame, header and payload.
+    Read {
+        /// Name.
+        key: BlockKey,
+        /// Whose.
+        root: RootKey,
+        /// Where its bytes go.
+        handle: FrameHandle,
+        /// The region.
+        table: FrameTable,
+    },
+    /// Forget blocks.
+    Remove(Vec<BlockKey>),
+    /// Store a record.
+    PutConversation {
+        /// Name.
+        id: ConversationId,
+        /// Unix milliseconds.
+        updated_ms: u64,
+        /// The record.
+        record: Arc<[u8]>,
+    },
+    /// Fetch a record.
+    GetConversation {
+        /// Name.
+        id: ConversationId,
+    },
+    /// Forget a record.
+    RemoveConversation(ConversationId),
+    /// Give garbage back.
+    Reclaim,
+    /// Make everything durable.
+    Flush,
+}
+
+/// What a disk thread has done.
+#[derive(Debug)]
+pub enum Done {
+    /// The store is open; blocks and records found in it.
+    Loaded {
+        /// Blocks.
+        blocks: Vec<StoredBlock>,
+        /// Records.
+        conversations: Vec<StoredConversation>,
+        /// Entries that were not to be trusted.
+        corrupt: u64,
+    },
+    /// The store could not be opened: the tier stays empty.
+    LoadFailed(DiskError),
+    /// End of a write.
+    Written {
+        /// Name.
+        key: BlockKey,
+        /// To be released.
+        frame: FrameIndex,
+        /// Of this write.
+        order: u64,
+        /// Stored, wrong (checksum), or failed.
+        result: Result<(), WriteFailure>,
+    },
+    /// End of a read.
+    Read {
+        /// Name.
+        key: BlockKey,
+        /// Filled, unless the result is a miss.
+        frame: FrameIndex,
+        /// The header found.
+        result: Result<Box<BlockHeader>, MissReason>,
+    },
+    /// A record, if there is one.
+    Conversation {
+        /// Name.
+        id: ConversationId,
+        /// The record.
+        record: Option<Vec<u8>>,
+    },
+    /// A record was stored, or not.
+    ConversationPut {
+        /// Name.
+        id: ConversationId,
+        /// Of the put.
+        updated_ms: u64,
+        /// Whether it is on disk.
+        stored: bool,
+    },
+    /// End of another job that can fail.
+    Maintained {
+        /// Which.
+        what: &'static str,
+        /// Why not.
+        error: Option<DiskError>,
+        /// After it.
+        usage: DiskUsage,
+    },
+    /// End of a flush.
+    Flushed,
+}
+
+/// Why a block was not written.
+#[derive(Debug)]
+pub enum WriteFailure {
+    /// The frame's bytes are not those that the header vouches for.
+    Checksum,
+    /// The store.
+    Disk(DiskError),
+}
+
+/// Handle of the loop on the disk threads. Dropping it ends them after the jobs that wait.
+pub struct DiskWorkers {
+    writer: SyncSender<Job>,
+    readers: SyncSender<Job>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+type Opened = Arc<OnceLock<Option<Box<dyn DiskTier>>>>;
+
+impl DiskWorkers {
+    /// Starts the threads; `open` runs on the writer and may be slow. `notify` is called after each `Done`.
+    pub fn spawn(
+        open: impl FnOnce() -> Result<Box<dyn DiskTier>, DiskError> + Send + 'static,
+        done: Sender<Done>,
+        notify: impl Fn() + Send + Sync + Clone + 'static,
+    ) -> std::io::Result<Self> {
+        let opened: Opened = Arc::new(OnceLock::new());
+        let (writer, writer_jobs) = sync_channel(JOBS_MAX);
+        let (readers, reader_jobs) = sync_channel(JOBS_MAX);
+        let reader_jobs = Arc::new(Mutex::new(reader_jobs));
+        let mut threads = Vec::new();
+        let report = {
+            let (done, notify) = (done.clone(), notify.clone());
+            move |event| {
+                let _ = done.send(event); // The loop is gone: nobody needs to know.
+                notify();
+            }
+        };
+        let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name).spawn(body)
+        };
+        {
+            let (opened, report) = (opened.clone(), report.clone());
+            threads.push(spawn(
+                "disk-writer".into(),
+                Box::new(move || {
+                    let tier = open().and_then(|tier| load(tier, &report));
+                    let tier = match tier {
+                        Ok(tier) => Some(tier),
+                        Err(error) => {
+                            report(Done::LoadFailed(error));
+                            None
+                        }
+                    };
+                    let tier = opened.get_or_init(|| tier);
+                    for job in writer_jobs {
+                        report(perform(job, tier.as_deref()));
+                    }
+                }),
+            )?);
+        }
+        for number in 0..READERS {
+            let (opened, report, jobs) = (opened.clone(), report.clone(), reader_jobs.clone());
+            threads.push(spawn(
+                format!("disk-reader-{number}"),
+                Box::new(move || {
+                    while let Some(job) = next_job(&jobs) {
+                        report(perform(job, opened.wait().as_deref()));
+                    }
+                }),
+            )?);
+        }
+        Ok(Self { writer, readers, threads })
+    }
+
+    /// Sends work to the writer; gives it back if too much waits already.
+    pub fn write(&self, job: Job) -> Result<(), Job> {
+        send(&self.writer, job)
+    }
+
+    /// Sends work to the readers; gives it back if too much waits already.
+    pub fn read(&self, job: Job) -> Result<(), Job> {
+        send(&self.readers, job)
+    }
+
+    /// Ends the threads after the jobs that wait, and closes the store.
+    pub fn join(self) {
+        drop((self.writer, self.readers));
+        for thread in self.threads {
+            let _ = thread.join(); // A panicked disk thread has said so already.
+        }
+    }
+}
+
+fn send(queue: &SyncSender<Job>, job: Job) -> Result<(), Job> {
+    queue.try_send(job).map_err(|error| match error {
+        TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
+    })
+}
+
+fn next_job(jobs: &Mutex<Receiver<Job>>) -> Option<Job> {
+    jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
+}
+
+fn load(tier: Box<dyn DiskTier>, report: &impl Fn(Done)) -> Result<Box<dyn DiskTier>, DiskError> {
+    let (mut blocks, mut conversations) = (Vec::new(), Vec::new());
+    let corrupt =
+        tier.load(&mut |block| blocks.push(block), &mut |record| conversations.push(record))?;
+    report(Done::Loaded { blocks, conversations, corrupt });
+    Ok(tier)
+}
+
+fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
+    let none = none::NoDisk;
+    let tier: &dyn DiskTier = tier.unwrap_or(&none);
+    let maintained = |what, result: Result<(), DiskError>| Done::Maintained {
+        what,
+        error: result.err(),
+        usage: tier.usage(),
+    };
+    match job {
+        Job::Write { key, handle, table, order } => Done::Written {
+            key,
+            frame: handle.frame,
+            order,
+            result: write_block(tier, &key, handle, &table, order),
+        },
+        Job::Read { key, root, handle, table } => Done::Read {
+            key,
+            frame: handle.frame,
+            result: read_block(tier, &key, &root, handle, &table).map(Box::new),
+        },
+        Job::Remove(keys) => maintained("removing blocks", tier.remove(&keys)),
+        Job::PutConversation { id, updated_ms, record } => {
+            let stored = tier.put_conversation(&id, updated_ms, &record);
+            if let Err(error) = &stored {
+                tracing::warn!(%error, "conversation record not stored");
+            }
+            Done::ConversationPut { id, updated_ms, stored: stored.is_ok() }
+        }
+        Job::GetConversation { id } => {
+            let record = tier.get_conversation(&id).unwrap_or_else(|error| {
+                tracing::warn!(%error, "conversation record not read");
+                None
+            });
+            Done::Conversation { id, record }
+        }
+        Job::RemoveConversation(id) => {
+            maintained("removing a record", tier.remove_conversation(&id))
+        }
+        Job::Reclaim => maintained("reclaiming space", tier.reclaim()),
+        Job::Flush => {
+            if let Err(error) = tier.flush() {
+                tracing::warn!(%error, "flush failed");
+            }
+            Done::Flushed
+        }
+    }
+}
+
+/// Copies a frame, checks the copy against its header, stores it.
+fn write_block(
+    tier: &dyn DiskTier,
+    key: &BlockKey,
+    handle: FrameHandle,
+    table: &FrameTable,
+    order: u64,
+) -> Result<(), WriteFailure> {
+    let geometry = table.geometry();
+    let mut header = table.header(handle).map_err(|_| WriteFailure::Checksum)?;
+    let mut payload = vec![0; geometry.payload_bytes() as usize];
+    table.copy_out(handle.frame, 0, &mut payload);
+    if header.key != *key || !rows_are_right(&header, geometry, &payload) {
+        return Err(WriteFailure::Checksum);
+    }
+    header.generation = Generation(0); // A frame's; on disk there is none.
+    tier.write(geometry, &header.encode(geometry), &payload, order).map_err(WriteFailure::Disk)
+}
+
+/// Reads a block, checks everything about it, copies it into a granted frame, header last.
+fn read_block(
+    tier: &dyn DiskTier,
+    key: &BlockKey,
+    root: &RootKey,
+    handle: FrameHandle,
+    table: &FrameTable,
+) -> Result<BlockHeader, MissReason> {
+    let geometry = table.geometry();
+    let header_bytes = BlockHeader::bytes(geometry);
+    let payload_bytes = geometry.payload_bytes() as usize;
+    let mut result = Err(MissReason::Checksum);
+    let mut take = |bytes: &[u8]| {
+        if bytes.len() != header_bytes + payload_bytes {
+            return; // Cut short, or of another shape.
+        }
+        let (header, payload) = bytes.split_at(header_bytes);
+        let Ok(mut header) = BlockHeader::decode(header, geometry) else { return };
+        if header.key != *key || header.root != *root {
+            result = Err(MissReason::Fingerprint);
+            return;
+        }
+        if !rows_are_right(&header, geometry, payload) {
+            return;
+        }
+        table.copy_in(handle.frame, 0, payload);
+        header.generation = handle.generation;
+        table.write_header(handle.frame, &header);
+        result = Ok(header);
+    };
+    match tier.read(key, &mut take) {
+        Ok(true) => result,
+        Ok(false) => Err(MissReason::Evicted),
+        Err(error) => {
+            tracing::warn!(%key, %error, "block not read");
+            Err(MissReason::Io)
+        }
+    }
+}
+
+/// CRC32C of each row, against the header.
+pub fn rows_are_right(header: &BlockHeader, geometry: &Geometry, payload: &[u8]) -> bool {
+    let rows = payload.chunks_exact(geometry.row_bytes() as usize);
+    rows.len() == header.checksums.len()
+        && rows.zip(&header.checksums).all(|(row, crc)| crc32c::crc32c(row) == *crc)
+}

@@ -1,0 +1,66 @@
+//! No disk: nothing is stored, nothing is found.
+
+use kv_protocol::{BlockKey, ConversationId, Geometry};
+
+use super::{DiskError, DiskTier, DiskUsage, StoredBlock, StoredConversation};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct NoDisk;
+
+impl DiskTier for NoDisk {
+    fn load(
+        &self,
+        _block: &mut dyn FnMut(StoredBlock),
+        _conversation: &mut dyn FnMut(StoredConversation),
+    ) -> Result<u64, DiskError> {
+        Ok(0)
+    }
+
+    fn write(
+        &self,
+        _geometry: &Geometry,
+        _header: &[u8],
+        _payload: &[u8],
+        _order: u64,
+    ) -> Result<(), DiskError> {
+        Err(DiskError::Absent)
+    }
+
+    fn read(&self, _key: &BlockKey, _sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
+        Ok(false)
+    }
+
+    fn remove(&self, _keys: &[BlockKey]) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn put_conversation(
+        &self,
+        _id: &ConversationId,
+        _updated_ms: u64,
+        _record: &[u8],
+    ) -> Result<(), DiskError> {
+        Err(DiskError::Absent)
+    }
+
+    fn get_conversation(&self, _id: &ConversationId) -> Result<Option<Vec<u8>>, DiskError> {
+        Ok(None)
+    }
+
+    fn remove_conversation(&self, _id: &ConversationId) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn usage(&self) -> DiskUsage {
+        DiskUsage::default()
+    }
+
+    fn reclaim(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
+}

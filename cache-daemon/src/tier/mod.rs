@@ -1,0 +1,4 @@
+//! Where blocks are: [`host`] frames in the region, and the [`disk`].
+
+pub mod disk;
+pub mod host;

@@ -1,0 +1,734 @@
+//! Moves between tiers: promotes for lookups and for hints, write-behind, demotes, drops from disk.
+//!
+//! Each move is begun here and ends in [`Store::finish`], when a disk thread has done its part; the loop
+//! never waits. Numbers of moves under way are bounded; what is more waits in order.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use kv_protocol::frame::Owner;
+use kv_protocol::message::{FrameHandle, SequenceTag};
+use kv_protocol::{AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason};
+
+use crate::directory::{Block, OnDisk};
+use crate::policy::{QueuedTurn, Resident, View};
+use crate::store::Store;
+use crate::tier::disk::{Done, Job, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure};
+
+/// Blocks read from disk at once: 8 to 16 MB in flight at a block of one or two megabytes.
+const READS_MAX: usize = 8;
+/// Blocks written at once.
+const WRITES_MAX: usize = 8;
+/// Promotes for hints that wait or run: hints come again, lookups must not queue behind them.
+const HINTED_MAX: usize = 16;
+/// Share of the disk's bytes that blocks may take; the rest is for the log, garbage and records.
+const DISK_SHARE_PERCENT: u64 = 80;
+/// Garbage is reclaimed when files take this much more than blocks, in percent.
+const GARBAGE_PERCENT: u64 = 30;
+/// Below this much garbage reclaiming is not worth its reads.
+const GARBAGE_BYTES_MIN: u64 = 32 << 20;
+
+/// Who waits for a promote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiter {
+    /// Whose.
+    pub id: AttachmentId,
+    /// Of the attachment.
+    pub incarnation: u32,
+    /// Of its sequence.
+    pub sequence: SequenceTag,
+    /// Place in the chain.
+    pub index: u32,
+}
+
+/// The end of a promote, for those who wait.
+#[derive(Debug)]
+pub struct Arrival {
+    /// The frame, or why there is none.
+    pub result: Result<FrameIndex, MissReason>,
+    /// Who waits; empty for a hint.
+    pub waiters: Vec<Waiter>,
+}
+
+/// How the disk tier is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskState {
+    /// There is none.
+    None,
+    /// The index is being read.
+    Opening,
+    /// In use.
+    Ready,
+    /// A write failed: reads go on, writes are skipped until the worker restarts.
+    Failed,
+}
+
+impl DiskState {
+    /// For `/status`.
+    pub fn label(self) -> &'static str {
+        match self {
+            DiskState::None => "none",
+            DiskState::Opening => "opening",
+            DiskState::Ready => "ready",
+            DiskState::Failed => "failed",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Reading {
+    handle: FrameHandle,
+    by_hint: bool,
+}
+
+/// Moves under way and waiting.
+#[derive(Debug)]
+pub struct Transfers {
+    pub(crate) disk_state: DiskState,
+    disk_bytes_max: u64,
+    pub(crate) stored_bytes: u64,
+    pub(crate) physical_bytes: u64,
+    /// Blocks on disk by the order of their writes.
+    stored: BTreeMap<u64, (BlockKey, u64)>,
+    next_order: u64,
+    arrivals: u64,
+    waiters: HashMap<BlockKey, Vec<Waiter>>,
+    /// Asked for by lookups, not begun.
+    wanted: VecDeque<BlockKey>,
+    /// Asked for by hints, not begun.
+    hinted: VecDeque<(BlockKey, u32)>,
+    reading: HashMap<BlockKey, Reading>,
+    /// Sealed blocks, and tails that have to go, not begun.
+    dirty: VecDeque<BlockKey>,
+    /// The same keys: none is queued twice.
+    dirty_keys: HashSet<BlockKey>,
+    /// Partial blocks that wait for their conversation to be idle.
+    tails: HashSet<BlockKey>,
+    writing: usize,
+    removals: Vec<BlockKey>,
+    record_removals: Vec<ConversationId>,
+    /// Removals, reclaims and record writes sent and not done.
+    maintaining: usize,
+    reclaiming: bool,
+    pub(crate) evictions_host: u64,
+    pub(crate) evictions_disk: u64,
+    pub(crate) promotes_by_hint: u64,
+    pub(crate) promotes_by_lookup: u64,
+    pub(crate) writes: u64,
+}
+
+impl Transfers {
+    pub(crate) fn new(disk_bytes: u64) -> Self {
+        Self {
+            disk_state: if disk_bytes > 0 { DiskState::Opening } else { DiskState::None },
+            disk_bytes_max: disk_bytes / 100 * DISK_SHARE_PERCENT,
+            stored_bytes: 0,
+            physical_bytes: 0,
+            stored: BTreeMap::new(),
+            next_order: 1,
+            arrivals: 0,
+            waiters: HashMap::new(),
+            wanted: VecDeque::new(),
+            hinted: VecDeque::new(),
+            reading: HashMap::new(),
+            dirty: VecDeque::new(),
+            dirty_keys: HashSet::new(),
+            tails: HashSet::new(),
+            writing: 0,
+            removals: Vec::new(),
+            record_removals: Vec::new(),
+            maintaining: 0,
+            reclaiming: false,
+            evictions_host: 0,
+            evictions_disk: 0,
+            promotes_by_hint: 0,
+            promotes_by_lookup: 0,
+            writes: 0,
+        }
+    }
+
+    pub(crate) fn next_arrival(&mut self) -> u64 {
+        self.arrivals += 1;
+        self.arrivals
+    }
+
+    /// A block that is in a frame only.
+    pub(crate) fn mark_dirty(&mut self, key: BlockKey, is_full: bool) {
+        if is_full {
+            self.queue_write(key);
+        } else {
+            self.tails.insert(key);
+        }
+    }
+
+    fn queue_write(&mut self, key: BlockKey) {
+        if self.dirty_keys.insert(key) {
+            self.dirty.push_back(key);
+        }
+    }
+
+    fn next_write(&mut self) -> Option<BlockKey> {
+        let key = self.dirty.pop_front()?;
+        self.dirty_keys.remove(&key);
+        Some(key)
+    }
+
+    /// A lookup waits for a block that is on disk.
+    pub(crate) fn want(&mut self, key: BlockKey, waiter: Waiter) {
+        let waiters = self.waiters.entry(key).or_default();
+        waiters.push(waiter);
+        if waiters.len() == 1 && !self.reading.contains_key(&key) {
+            self.wanted.push_back(key);
+        }
+    }
+
+    pub(crate) fn is_reading(&self, key: &BlockKey) -> bool {
+        self.reading.contains_key(key)
+    }
+
+    pub(crate) fn any_under_way(&self) -> bool {
+        let writes = self.writing > 0 || (self.can_write() && !self.dirty.is_empty());
+        writes || !self.reading.is_empty()
+    }
+
+    pub(crate) fn can_write(&self) -> bool {
+        matches!(self.disk_state, DiskState::Ready | DiskState::Opening)
+    }
+
+    /// Whether everything that was to be written is.
+    pub(crate) fn is_written(&self) -> bool {
+        let nothing_waits = self.dirty.is_empty() || !self.can_write();
+        nothing_waits && self.writing == 0 && self.maintaining == 0
+    }
+
+    /// All tails go to disk now.
+    pub(crate) fn write_tails(&mut self) {
+        for key in std::mem::take(&mut self.tails) {
+            self.queue_write(key);
+        }
+    }
+
+    pub(crate) fn unstore(&mut self, order: u64, key: BlockKey) {
+        if let Some((_, bytes)) = self.stored.remove(&order) {
+            self.stored_bytes -= bytes;
+        }
+        self.removals.push(key);
+    }
+
+    pub(crate) fn remove_conversation(&mut self, id: ConversationId) {
+        self.record_removals.push(id);
+    }
+
+    pub(crate) fn record_sent(&mut self) {
+        self.maintaining += 1;
+    }
+
+    fn set_stored(&mut self, order: u64, key: BlockKey, bytes: u64) {
+        self.stored.insert(order, (key, bytes));
+        self.stored_bytes += bytes;
+        self.next_order = self.next_order.max(order + 1);
+    }
+
+    pub(crate) fn stored_blocks(&self) -> u64 {
+        self.stored.len() as u64
+    }
+}
+
+/// Bytes that a block takes on disk: payload, header in both families, keys.
+fn disk_bytes(geometry: &kv_protocol::Geometry) -> u64 {
+    geometry.payload_bytes() + 2 * BlockHeader::bytes(geometry) as u64 + 256
+}
+
+impl Store {
+    /// What policies see. `turns` are the waiting turns by place, each with its chain.
+    pub(crate) fn view(&self, turns: &[(u32, Vec<BlockKey>)]) -> View {
+        let mut view = View::default();
+        let Some(host) = &self.host else { return view };
+        let mut first_turn: HashMap<BlockKey, u32> = HashMap::new();
+        for (place, chain) in turns {
+            let on_disk =
+                |key: &&BlockKey| self.directory.get(key).is_some_and(|block| block.host.is_none());
+            view.turns.push(QueuedTurn {
+                place: *place,
+                blocks: chain.len() as u32,
+                on_disk: chain.iter().filter(on_disk).copied().collect(),
+            });
+            for key in chain {
+                first_turn.entry(*key).or_insert(*place);
+            }
+        }
+        let resident = |(key, block): (&BlockKey, &Block)| {
+            let frame = block.host?;
+            host.is_evictable(frame).then(|| Resident {
+                key: *key,
+                used_ms: block.used_ms,
+                arrival: block.arrival,
+                depth: block.depth,
+                turn: first_turn.get(key).copied(),
+            })
+        };
+        view.residents = self.directory.iter().filter_map(resident).collect();
+        view.host_blocks = host.table().layout().frame_count().into();
+        view.disk_blocks = self.transfers.disk_bytes_max / disk_bytes(host.table().geometry());
+        view
+    }
+
+    /// Begins whatever can begin. `view` is called only when a policy has to choose. Promotes that
+    /// cannot be are returned.
+    pub(crate) fn begin_moves(
+        &mut self,
+        view: &mut dyn FnMut(&Store) -> View,
+        queue_changed: bool,
+        now_ms: u64,
+    ) -> Vec<Arrival> {
+        if queue_changed {
+            self.choose_promotes(view);
+        }
+        self.choose_tails(now_ms);
+        self.keep_frames_free(view);
+        let failed = self.begin_reads(view);
+        self.begin_writes();
+        self.begin_maintenance();
+        failed
+    }
+
+    /// Hints → blocks that should be here before their turn.
+    fn choose_promotes(&mut self, view: &mut dyn FnMut(&Store) -> View) {
+        let view = view(self);
+        self.transfers.hinted.clear(); // The queue has changed: so have the choices.
+        for promote in self.config.policy.promote(&view) {
+            let transfers = &mut self.transfers;
+            let under_way = transfers.reading.values().filter(|r| r.by_hint).count();
+            if under_way + transfers.hinted.len() >= HINTED_MAX {
+                break;
+            }
+            let asked = transfers.waiters.contains_key(&promote.key);
+            if !asked && !transfers.is_reading(&promote.key) {
+                transfers.hinted.push_back((promote.key, promote.place));
+            }
+        }
+    }
+
+    fn choose_tails(&mut self, now_ms: u64) {
+        let idle_ms = now_ms.saturating_sub(self.config.tail_idle_ms);
+        let directory = &self.directory;
+        let is_idle =
+            |key: &BlockKey| directory.get(key).is_none_or(|block| block.used_ms <= idle_ms);
+        let idle: Vec<BlockKey> = self.transfers.tails.extract_if(is_idle).collect();
+        for key in idle {
+            self.transfers.queue_write(key);
+        }
+    }
+
+    /// Demotes until the high watermark, once the low one is reached.
+    fn keep_frames_free(&mut self, view: &mut dyn FnMut(&Store) -> View) {
+        let Some(host) = &self.host else { return };
+        let free = host.counts().free;
+        // Frames whose blocks are being written will be free soon.
+        if free >= host.free_low() || host.counts().ready == 0 {
+            return;
+        }
+        let need = (host.free_high() - free) as usize;
+        let view = view(self);
+        self.evict(&view, need, None);
+    }
+
+    /// Demotes up to `need` blocks; those that a turn at `spare` or before needs stay.
+    fn evict(&mut self, view: &View, need: usize, spare: Option<u32>) -> usize {
+        let mut freed = 0;
+        for key in self.config.policy.evict(view, need) {
+            let turn = view.residents.iter().find(|r| r.key == key).and_then(|r| r.turn);
+            if let (Some(turn), Some(spare)) = (turn, spare)
+                && turn <= spare
+            {
+                break;
+            }
+            freed += usize::from(self.demote(&key));
+        }
+        freed
+    }
+
+    /// Frees a block's frame now if the disk has the block, or cannot have it; else has it written first.
+    fn demote(&mut self, key: &BlockKey) -> bool {
+        let Some(block) = self.directory.get(key) else { return false };
+        let (Some(frame), Some(host)) = (block.host, &mut self.host) else { return false };
+        if !host.is_evictable(frame) {
+            return false;
+        }
+        if !block.is_stored() && self.transfers.can_write() {
+            self.transfers.tails.remove(key);
+            self.transfers.queue_write(*key);
+            return false;
+        }
+        host.free(frame);
+        self.leave_host(key, MissReason::Evicted);
+        self.transfers.evictions_host += 1;
+        self.metrics.evictions.with_label_values(&["host"]).inc();
+        true
+    }
+
+    fn begin_reads(&mut self, view: &mut dyn FnMut(&Store) -> View) -> Vec<Arrival> {
+        let mut failed = Vec::new();
+        while self.transfers.reading.len() < READS_MAX {
+            let (key, place) = if let Some(key) = self.transfers.wanted.pop_front() {
+                (key, None)
+            } else if let Some((key, place)) = self.transfers.hinted.pop_front() {
+                (key, Some(place))
+            } else {
+                break;
+            };
+            let Some(block) = self.directory.get(&key) else {
+                failed.extend(self.give_up(&key, MissReason::Evicted));
+                continue;
+            };
+            if let Some(frame) = block.host {
+                // Came by another way meanwhile: a commit.
+                let waiters = self.transfers.waiters.remove(&key).unwrap_or_default();
+                failed.push(Arrival { result: Ok(frame), waiters });
+                continue;
+            }
+            let root = block.root;
+            let Some(host) = &self.host else { break };
+            if host.counts().free == 0 {
+                let view = view(self);
+                if self.evict(&view, 1, place) == 0 {
+                    // Room may come: from writes under way, or pins given back. Lookups wait for the
+                    // former only, hints for neither.
+                    if place.is_none() && self.transfers.any_writes() {
+                        self.transfers.wanted.push_front(key);
+                        break;
+                    }
+                    if place.is_none() {
+                        failed.extend(self.give_up(&key, MissReason::Quota));
+                        continue;
+                    }
+                    break;
+                }
+            }
+            let Some(host) = &mut self.host else { break };
+            let Some(handle) = host.grant(Owner::Daemon) else { break };
+            let job = Job::Read { key, root, handle, table: host.table().clone() };
+            if self.disk.read(job).is_err() {
+                host.free(handle.frame);
+                self.transfers.wanted.push_front(key); // As urgent as a lookup now; harmless.
+                break;
+            }
+            self.transfers.reading.insert(key, Reading { handle, by_hint: place.is_some() });
+        }
+        failed
+    }
+
+    fn give_up(&mut self, key: &BlockKey, reason: MissReason) -> Option<Arrival> {
+        self.metrics.promote_failures.with_label_values(&[reason.label()]).inc();
+        let waiters = self.transfers.waiters.remove(key)?;
+        Some(Arrival { result: Err(reason), waiters })
+    }
+
+    fn begin_writes(&mut self) {
+        if !self.transfers.can_write() {
+            // Nothing can be written: blocks leave the host tier unsaved.
+            self.transfers.dirty.clear();
+            self.transfers.dirty_keys.clear();
+            self.transfers.tails.clear();
+            return;
+        }
+        if self.transfers.disk_state == DiskState::Opening {
+            return;
+        }
+        while self.transfers.writing < WRITES_MAX {
+            let Some(key) = self.transfers.next_write() else { return };
+            let (Some(block), Some(host)) = (self.directory.get(&key), &mut self.host) else {
+                continue; // Forgotten meanwhile.
+            };
+            let (Some(frame), OnDisk::Absent) = (block.host, block.disk) else { continue };
+            let table = host.table().clone();
+            let Ok(word) = table.state(frame) else { continue };
+            let handle = FrameHandle { frame, generation: word.generation };
+            let bytes = disk_bytes(table.geometry());
+            if !self.make_disk_room(bytes) {
+                self.metrics.writes_skipped.inc();
+                self.leave_unsaved(&key);
+                continue;
+            }
+            let order = self.transfers.next_order;
+            let job = Job::Write { key, handle, table, order };
+            if self.disk.write(job).is_err() {
+                self.transfers.dirty.push_front(key);
+                self.transfers.dirty_keys.insert(key);
+                return; // The writer is behind.
+            }
+            self.transfers.next_order += 1;
+            self.transfers.writing += 1;
+            if let Some(host) = &mut self.host {
+                host.hold(frame);
+            }
+            if let Some(block) = self.directory.get_mut(&key) {
+                block.disk = OnDisk::Writing;
+            }
+        }
+    }
+
+    /// A block that the disk has no room for leaves the host tier all the same when frames run out.
+    fn leave_unsaved(&mut self, key: &BlockKey) {
+        let frame = self.directory.get(key).and_then(|block| block.host);
+        if let (Some(frame), Some(host)) = (frame, &mut self.host)
+            && host.counts().free < host.free_low()
+            && host.is_evictable(frame)
+        {
+            host.free(frame);
+            self.leave_host(key, MissReason::Evicted);
+            self.transfers.evictions_host += 1;
+            self.metrics.evictions.with_label_values(&["host"]).inc();
+        }
+    }
+
+    /// Drops the oldest blocks from disk until `bytes` more fit. Oldest first, so that whole blob files
+    /// become garbage; blocks being read, or in demand by a lookup, are passed over.
+    fn make_disk_room(&mut self, bytes: u64) -> bool {
+        let limit = self.transfers.disk_bytes_max;
+        if bytes > limit {
+            return false;
+        }
+        let under_way = self.transfers.writing as u64 * bytes;
+        let mut victims = Vec::new();
+        let mut left = self.transfers.stored_bytes + under_way;
+        for (key, stored) in self.transfers.stored.values() {
+            if left + bytes <= limit {
+                break;
+            }
+            let in_demand = self.transfers.waiters.contains_key(key);
+            if !in_demand && !self.transfers.is_reading(key) {
+                victims.push(*key);
+                left -= stored;
+            }
+        }
+        for key in victims {
+            let Some(block) = self.directory.get_mut(&key) else { continue };
+            let OnDisk::Stored { order } = block.disk else { continue };
+            block.disk = OnDisk::Absent;
+            if block.host.is_none() {
+                self.directory.remove(&key, MissReason::Evicted);
+            }
+            self.transfers.unstore(order, key);
+            self.transfers.evictions_disk += 1;
+            self.metrics.evictions.with_label_values(&["disk"]).inc();
+        }
+        left + bytes <= limit
+    }
+
+    fn begin_maintenance(&mut self) {
+        let transfers = &mut self.transfers;
+        while !transfers.removals.is_empty() {
+            let rest = transfers.removals.len().saturating_sub(REMOVALS_MAX);
+            let batch = transfers.removals.split_off(rest);
+            if let Err(Job::Remove(batch)) = self.disk.write(Job::Remove(batch)) {
+                transfers.removals.extend(batch);
+                return;
+            }
+            transfers.maintaining += 1;
+        }
+        while let Some(id) = transfers.record_removals.pop() {
+            if self.disk.write(Job::RemoveConversation(id)).is_err() {
+                transfers.record_removals.push(id);
+                return;
+            }
+            transfers.maintaining += 1;
+        }
+        let garbage = transfers.physical_bytes.saturating_sub(transfers.stored_bytes);
+        let is_much =
+            garbage > GARBAGE_BYTES_MIN && garbage > transfers.stored_bytes / 100 * GARBAGE_PERCENT;
+        if is_much && !transfers.reclaiming && self.disk.write(Job::Reclaim).is_ok() {
+            transfers.reclaiming = true;
+            transfers.maintaining += 1;
+        }
+    }
+
+    /// The end of a disk job. Second: promotes that ended with it.
+    pub(crate) fn finish(&mut self, done: Done) -> Option<Arrival> {
+        match done {
+            Done::Loaded { blocks, conversations, corrupt } => {
+                self.loaded(blocks, &conversations, corrupt);
+            }
+            Done::LoadFailed(error) => self.disk_failed(&error),
+            Done::Written { key, frame, order, result } => self.written(key, frame, order, result),
+            Done::Read { key, frame, result } => return self.read(key, frame, result),
+            Done::Maintained { what, error, usage } => {
+                self.transfers.maintaining -= 1;
+                self.transfers.physical_bytes = usage.physical_bytes;
+                if what == "reclaiming space" {
+                    self.transfers.reclaiming = false;
+                }
+                if let Some(error) = error {
+                    self.disk_failed(&error);
+                }
+            }
+            Done::ConversationPut { .. } => self.transfers.maintaining -= 1,
+            Done::Conversation { .. } | Done::Flushed => {} // The loop's own.
+        }
+        None
+    }
+
+    fn disk_failed(&mut self, error: &dyn std::error::Error) {
+        self.metrics.disk_errors.inc();
+        if self.transfers.disk_state != DiskState::Failed {
+            tracing::error!(%error, "the disk tier takes no writes until the worker restarts");
+            self.transfers.disk_state = DiskState::Failed;
+        }
+    }
+
+    fn loaded(
+        &mut self,
+        blocks: Vec<StoredBlock>,
+        conversations: &[StoredConversation],
+        corrupt: u64,
+    ) {
+        tracing::info!(
+            blocks = blocks.len(),
+            conversations = conversations.len(),
+            corrupt,
+            "disk tier opened"
+        );
+        self.metrics.corrupt.with_label_values(&["disk index"]).inc_by(corrupt);
+        if self.transfers.disk_state == DiskState::Opening {
+            self.transfers.disk_state = DiskState::Ready;
+        }
+        let mut blocks = blocks;
+        blocks.sort_by_key(|stored| stored.order);
+        for StoredBlock { header, geometry, order } in blocks {
+            let is_full = header.is_full(&geometry);
+            let mut block = Block::new(&header, is_full);
+            block.disk = OnDisk::Stored { order };
+            let key = header.key;
+            self.transfers.set_stored(order, key, disk_bytes(&geometry));
+            match self.directory.get_mut(&key) {
+                None => self.directory.insert(key, block),
+                Some(known) if known.has_labels_of(&block) && known.disk == OnDisk::Absent => {
+                    known.disk = block.disk;
+                }
+                // Replaced by another variant while the index was read.
+                Some(_) => self.transfers.unstore(order, key),
+            }
+        }
+        for record in conversations {
+            self.conversations.found(record.id, record.updated_ms, record.bytes);
+        }
+    }
+
+    fn written(
+        &mut self,
+        key: BlockKey,
+        frame: FrameIndex,
+        order: u64,
+        result: Result<(), WriteFailure>,
+    ) {
+        self.transfers.writing -= 1;
+        let bytes = self.geometry().map_or(0, disk_bytes);
+        if let Some(host) = &mut self.host {
+            host.release_hold(frame);
+        }
+        let is_ours = self
+            .directory
+            .get(&key)
+            .is_some_and(|block| block.disk == OnDisk::Writing && block.host == Some(frame));
+        match result {
+            Ok(()) => {
+                self.transfers.writes += 1;
+                self.metrics.writes.inc();
+                self.transfers.set_stored(order, key, bytes);
+                match self.directory.get_mut(&key) {
+                    Some(block) if is_ours => block.disk = OnDisk::Stored { order },
+                    _ => self.transfers.unstore(order, key), // Forgotten meanwhile.
+                }
+            }
+            Err(failure) => {
+                self.metrics.writes_skipped.inc();
+                if let Some(block) = self.directory.get_mut(&key)
+                    && is_ours
+                {
+                    block.disk = OnDisk::Absent;
+                }
+                match failure {
+                    WriteFailure::Disk(error) => self.disk_failed(&error),
+                    WriteFailure::Checksum if is_ours => {
+                        tracing::warn!(%key, "block forgotten: its frame is not what was committed");
+                        self.metrics.corrupt.with_label_values(&["frame"]).inc();
+                        self.forget(&key, MissReason::Checksum);
+                    }
+                    WriteFailure::Checksum => {}
+                }
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        key: BlockKey,
+        frame: FrameIndex,
+        result: Result<Box<BlockHeader>, MissReason>,
+    ) -> Option<Arrival> {
+        let reading = self.transfers.reading.remove(&key)?;
+        let waiters = self.transfers.waiters.remove(&key).unwrap_or_default();
+        let host = self.host.as_mut()?;
+        assert!(reading.handle.frame == frame, "a read ended in another frame");
+        let header = match result {
+            Ok(header) => header,
+            Err(reason) => {
+                host.free(frame);
+                self.metrics.promote_failures.with_label_values(&[reason.label()]).inc();
+                if reason != MissReason::Io {
+                    self.metrics.corrupt.with_label_values(&["disk block"]).inc();
+                    self.forget(&key, reason); // It will not get better.
+                }
+                return Some(Arrival { result: Err(reason), waiters });
+            }
+        };
+        let arrival = self.transfers.next_arrival();
+        let wanted = self.directory.get_mut(&key).filter(|block| {
+            block.host.is_none() && block.has_labels_of(&Block::new(&header, block.is_full))
+        });
+        let Some(block) = wanted else {
+            host.free(frame);
+            let other = self.directory.get(&key).and_then(|block| block.host);
+            return Some(Arrival { result: other.ok_or(MissReason::Evicted), waiters });
+        };
+        if let Err(error) = host.publish(frame, key) {
+            tracing::error!(frame = frame.0, %error, "frame lost");
+            return Some(Arrival { result: Err(MissReason::Checksum), waiters });
+        }
+        block.host = Some(frame);
+        block.arrival = arrival;
+        if reading.by_hint {
+            self.transfers.promotes_by_hint += 1;
+            self.metrics.promotes.with_label_values(&["hint"]).inc();
+        } else {
+            self.transfers.promotes_by_lookup += 1;
+            self.metrics.promotes.with_label_values(&["lookup"]).inc();
+        }
+        Some(Arrival { result: Ok(frame), waiters })
+    }
+
+    /// Stores a record; `false` if the disk is too far behind to take it.
+    pub(crate) fn put_conversation(
+        &mut self,
+        id: ConversationId,
+        record: Vec<u8>,
+        now_ms: u64,
+    ) -> bool {
+        let record: Arc<[u8]> = record.into();
+        self.conversations.put(id, now_ms, record.clone());
+        if !self.transfers.can_write() {
+            return false;
+        }
+        let sent = self.disk.write(Job::PutConversation { id, updated_ms: now_ms, record }).is_ok();
+        if sent {
+            self.transfers.record_sent();
+        }
+        sent
+    }
+}
+
+impl Transfers {
+    fn any_writes(&self) -> bool {
+        self.writing > 0 || (self.disk_state == DiskState::Ready && !self.dirty.is_empty())
+    }
+}

@@ -1,0 +1,124 @@
+//! The worker: maps the region that the supervisor holds, starts the threads, runs the loop.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use kv_protocol::sync::Ordering;
+use kv_protocol::table::RegionView;
+
+use crate::config::Config;
+use crate::daemon::{Daemon, Ended};
+use crate::metrics::Metrics;
+use crate::shm::map::{self, EXTENT_BYTES, MapError};
+use crate::store::{Store, StoreConfig};
+use crate::tier::disk::none::NoDisk;
+use crate::tier::disk::rocks::RocksTier;
+use crate::tier::disk::{DiskError, DiskTier, DiskWorkers};
+use crate::{http, listen};
+
+/// Why a worker did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The region.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// A thread, or a signal handler.
+    #[error("starting {what}: {source}")]
+    Start {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Two metrics of one name: a bug.
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
+    /// A number on the command line that is no open descriptor.
+    #[error("descriptor {number} is not open: `worker` is started by `supervise` only")]
+    Descriptor {
+        /// Given.
+        number: RawFd,
+    },
+}
+
+/// Takes over a descriptor that the supervisor left open for this process.
+pub fn inherit(number: RawFd) -> Result<OwnedFd, WorkerError> {
+    // An open descriptor has an entry in /proc; the standard streams are never passed this way.
+    let is_open =
+        number > 2 && std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok();
+    if !is_open {
+        return Err(WorkerError::Descriptor { number });
+    }
+    // SAFETY: the descriptor is open (checked above), and nobody else in this process owns it: `main` calls
+    // this first, once for each number, before any file is opened, so the number can only be one that
+    // the parent left to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Runs until SIGTERM, or until the disk tier has been broken for a while.
+pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, WorkerError> {
+    let start = |what| move |source| WorkerError::Start { what, source };
+    let view = RegionView::new(map::map(&memfd)?);
+    let memfd = Arc::new(memfd);
+    let metrics = Metrics::new()?;
+    let notify = {
+        let view = view.clone();
+        move || view.daemon_doorbell().ring()
+    };
+    let (peer_events, peers) = channel();
+    let (disk_events, disk_done) = channel();
+    http::spawn(config.http, metrics.clone(), peer_events.clone(), notify.clone())
+        .map_err(start("http"))?;
+    let disk = DiskWorkers::spawn(opener(config), disk_events, notify.clone())
+        .map_err(start("disk threads"))?;
+    let store_config = StoreConfig {
+        policy: config.policy,
+        disk_bytes: if config.disk_dir.is_some() { config.disk_bytes } else { 0 },
+        ttl_ms: config.ttl.map(|ttl| ttl.as_millis() as u64),
+        tail_idle_ms: config.tail_idle.as_millis() as u64,
+    };
+    let store = Store::new(store_config, disk, metrics.clone());
+    let daemon = Daemon::new(view.clone(), store, metrics, peers, disk_done);
+    // Only now: whoever connects finds the region adopted.
+    listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)
+        .map_err(start("listening"))?;
+    fault_in_background(view, memfd).map_err(start("faulting"))?;
+    Ok(daemon.run())
+}
+
+fn opener(
+    config: &Config,
+) -> impl FnOnce() -> Result<Box<dyn DiskTier>, DiskError> + Send + 'static {
+    let (dir, bytes) = (config.disk_dir.clone(), config.disk_bytes);
+    move || {
+        Ok(match dir {
+            Some(dir) => Box::new(RocksTier::open(&dir, bytes)?),
+            None => Box::new(NoDisk),
+        })
+    }
+}
+
+/// Allocates the region's pages extent by extent, beside the loop. Done once in a region's life.
+fn fault_in_background(view: RegionView, memfd: Arc<OwnedFd>) -> std::io::Result<()> {
+    let fault = move || {
+        let total = view.region().bytes();
+        let mut done = view.faulted_bytes().load(Ordering::Relaxed).min(total);
+        while done < total {
+            let extent = EXTENT_BYTES.min(total - done);
+            if let Err(error) = map::fault_extent(&memfd, done, extent) {
+                tracing::error!(
+                    %error, descriptor = memfd.as_raw_fd(), done, total,
+                    "no memory for the whole region: the container's limit must cover --host-bytes"
+                );
+                return;
+            }
+            done += extent;
+            view.faulted_bytes().store(done, Ordering::Relaxed);
+        }
+    };
+    std::thread::Builder::new().name("fault".into()).spawn(fault)?;
+    Ok(())
+}
