@@ -1,0 +1,468 @@
+//! Conversations on record: the token ids that earlier turns really had.
+//!
+//! Text does not give sampled ids back: the same words can be cut into tokens in another way, and then
+//! nothing after that point is found in the cache. A request that names its conversation therefore gets,
+//! for the leading messages that match the record, the recorded ids, and only new messages are tokenised.
+//!
+//! Messages match by a digest of role, name and content as the client sees them. A record can be left
+//! only at a [`Cut`]: right behind a reply, where the rendered prompt was some text and its ids are
+//! known. A later prompt goes on from the last cut whose text it begins with, so a template that renders
+//! history differently costs reuse, never a wrong prompt.
+//!
+//! Records are kept here (bounded, the least recently used goes first) and put to the cache daemon, so
+//! that they survive the pod. They are named by the model, the request's `cache_salt` and the client's
+//! id. A salted request that has no record of its own may read the unsalted one (ids of text that the
+//! client has itself just sent), and never writes it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kv_protocol::key::{ConversationId, Fingerprint, RootKey};
+use tokio::sync::oneshot;
+
+use super::Submit;
+use super::metrics::Metrics;
+use crate::request::Command;
+use crate::text::template::TemplateMessage;
+
+/// Records kept in the runtime. Those of a few thousand users who are mid-conversation; others are
+/// fetched from the daemon.
+const RECORDS_MAX: usize = 4096;
+/// Memory for records, whatever their number.
+const RECORDS_BYTES_MAX: usize = 128 << 20;
+/// Longest a request waits for the daemon's record: about what tokenising a long history costs, doubled
+/// for an engine in the middle of a step.
+const FETCH_LIMIT: Duration = Duration::from_millis(2_000);
+/// Version of a record's bytes; another version is no record.
+const RECORD_VERSION: u32 = 1;
+/// More than any context has messages or cuts; a record that claims more is not ours.
+const RECORD_PARTS_MAX: usize = 1 << 20;
+
+/// Digest of one message.
+pub type MessageDigest = [u8; 32];
+
+/// A place right behind a reply where a later prompt may go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cut {
+    /// Leading messages before it, the reply included.
+    pub messages: usize,
+    /// Bytes of the rendered text before it.
+    pub text_bytes: usize,
+    /// Digest of that text.
+    pub text_digest: [u8; 32],
+    /// Token ids of that text.
+    pub tokens: usize,
+}
+
+/// What is known of a conversation.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Of each message, in order.
+    pub messages: Vec<MessageDigest>,
+    /// Ascending.
+    pub cuts: Vec<Cut>,
+    /// Ids up to the last cut.
+    pub tokens: Vec<u32>,
+}
+
+/// Why a turn could not go on from its conversation's last cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Divergence {
+    /// A message is another than the one on record.
+    Edited,
+    /// Messages are missing at the end, as when a reply is asked for again.
+    Shortened,
+    /// The template renders the recorded messages differently now.
+    Template,
+}
+
+impl Divergence {
+    /// Metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Edited => "edited",
+            Self::Shortened => "shortened",
+            Self::Template => "template",
+        }
+    }
+}
+
+/// From where a prompt goes on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resume {
+    /// Cuts that hold for this prompt; the last one is where it goes on.
+    pub cuts: Vec<Cut>,
+    /// Recorded ids up to that cut.
+    pub tokens: Vec<u32>,
+    /// Why it was not the record's last.
+    pub diverged: Option<Divergence>,
+}
+
+impl Resume {
+    /// Bytes of rendered text and number of messages that need no tokenising.
+    pub fn covered(&self) -> (usize, usize) {
+        self.cuts.last().map_or((0, 0), |cut| (cut.text_bytes, cut.messages))
+    }
+}
+
+/// Digest of a message as the client sees it.
+pub fn digest(message: &TemplateMessage) -> MessageDigest {
+    let mut hasher = blake3::Hasher::new_derive_key("colloquy 2026-11 message");
+    for part in [&message.role, message.name.as_ref().unwrap_or(&String::new()), &message.content] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+impl Record {
+    /// Where a prompt with these messages and this rendered text goes on.
+    pub fn resume(&self, messages: &[MessageDigest], rendered: &str) -> Resume {
+        let matched = self.messages.iter().zip(messages).take_while(|(a, b)| a == b).count();
+        let fits = |cut: &Cut| {
+            cut.messages <= matched
+                && rendered.is_char_boundary(cut.text_bytes)
+                && rendered
+                    .get(..cut.text_bytes)
+                    .is_some_and(|text| digest_text(text) == cut.text_digest)
+        };
+        let count = self.cuts.iter().rposition(fits).map_or(0, |last| last + 1);
+        let cuts = self.cuts[..count].to_vec();
+        let diverged = if count == self.cuts.len() {
+            None
+        } else if matched == self.messages.len() {
+            Some(Divergence::Template)
+        } else if matched == messages.len() {
+            Some(Divergence::Shortened)
+        } else {
+            Some(Divergence::Edited)
+        };
+        let tokens = cuts.last().map_or(Vec::new(), |cut| self.tokens[..cut.tokens].to_vec());
+        Resume { cuts, tokens, diverged }
+    }
+
+    /// The record after a turn: `messages` includes the reply, `rendered` ends with what of the reply
+    /// the client saw as whole tokens, and `tokens` are the ids of exactly that text.
+    pub fn after(
+        resume: Resume,
+        messages: Vec<MessageDigest>,
+        rendered: &str,
+        tokens: Vec<u32>,
+    ) -> Self {
+        let mut cuts = resume.cuts;
+        cuts.push(Cut {
+            messages: messages.len(),
+            text_bytes: rendered.len(),
+            text_digest: digest_text(rendered),
+            tokens: tokens.len(),
+        });
+        Self { messages, cuts, tokens }
+    }
+
+    fn size_bytes(&self) -> usize {
+        size_of::<Self>()
+            + self.messages.len() * size_of::<MessageDigest>()
+            + self.cuts.len() * size_of::<Cut>()
+            + self.tokens.len() * size_of::<u32>()
+    }
+
+    /// As the daemon keeps it: little-endian words, counts first.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.size_bytes());
+        let word = |bytes: &mut Vec<u8>, value: usize| {
+            bytes.extend_from_slice(&(value as u32).to_le_bytes());
+        };
+        for count in
+            [RECORD_VERSION as usize, self.messages.len(), self.cuts.len(), self.tokens.len()]
+        {
+            word(&mut bytes, count);
+        }
+        self.messages.iter().for_each(|digest| bytes.extend_from_slice(digest));
+        for cut in &self.cuts {
+            word(&mut bytes, cut.messages);
+            word(&mut bytes, cut.text_bytes);
+            word(&mut bytes, cut.tokens);
+            bytes.extend_from_slice(&cut.text_digest);
+        }
+        self.tokens.iter().for_each(|token| word(&mut bytes, *token as usize));
+        bytes
+    }
+
+    /// `None` for bytes that are no record of this version, whoever wrote them. `vocabulary` bounds the
+    /// ids.
+    pub fn from_bytes(bytes: &[u8], vocabulary: usize) -> Option<Self> {
+        let mut left = bytes;
+        if word(&mut left)? != RECORD_VERSION as usize {
+            return None;
+        }
+        let [messages, cuts, tokens] = [word(&mut left)?, word(&mut left)?, word(&mut left)?];
+        if messages.max(cuts).max(tokens) > RECORD_PARTS_MAX {
+            return None;
+        }
+        if left.len() != messages * 32 + cuts * (12 + 32) + tokens * 4 {
+            return None; // Checked before anything of the claimed size is allocated.
+        }
+        let record = Self {
+            messages: (0..messages).map(|_| take(&mut left)).collect::<Option<_>>()?,
+            cuts: (0..cuts)
+                .map(|_| {
+                    Some(Cut {
+                        messages: word(&mut left)?,
+                        text_bytes: word(&mut left)?,
+                        tokens: word(&mut left)?,
+                        text_digest: take(&mut left)?,
+                    })
+                })
+                .collect::<Option<_>>()?,
+            tokens: (0..tokens).map(|_| Some(word(&mut left)? as u32)).collect::<Option<_>>()?,
+        };
+        let ids_are_known = record.tokens.iter().all(|token| (*token as usize) < vocabulary);
+        let cuts_are_inside = record
+            .cuts
+            .iter()
+            .all(|cut| cut.tokens <= record.tokens.len() && cut.messages <= record.messages.len());
+        (ids_are_known && cuts_are_inside).then_some(record)
+    }
+}
+
+fn digest_text(text: &str) -> [u8; 32] {
+    *blake3::hash(text.as_bytes()).as_bytes()
+}
+
+fn take<const N: usize>(left: &mut &[u8]) -> Option<[u8; N]> {
+    let (taken, rest) = left.split_first_chunk()?;
+    *left = rest;
+    Some(*taken)
+}
+
+fn word(left: &mut &[u8]) -> Option<usize> {
+    take(left).map(|bytes| u32::from_le_bytes(bytes) as usize)
+}
+
+/// A conversation as one request names it.
+#[derive(Debug, Clone)]
+pub struct Name {
+    own: ConversationId,
+    /// The unsalted one, for a request with a salt.
+    public: Option<ConversationId>,
+}
+
+/// All records, here and with the daemon.
+pub struct Conversations {
+    fingerprint: Fingerprint,
+    vocabulary: usize,
+    records: Mutex<Records>,
+    submit: Submit,
+    metrics: Metrics,
+}
+
+impl std::fmt::Debug for Conversations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Conversations").finish_non_exhaustive()
+    }
+}
+
+impl Conversations {
+    /// No records yet.
+    pub fn new(fingerprint: [u8; 32], vocabulary: usize, submit: Submit, metrics: Metrics) -> Self {
+        let fingerprint = Fingerprint(fingerprint);
+        Self { fingerprint, vocabulary, records: Mutex::default(), submit, metrics }
+    }
+
+    /// The name under which a request's conversation is recorded.
+    pub fn name(&self, salt: &[u8], id: &str) -> Name {
+        let under =
+            |salt| ConversationId::new(&RootKey::new(&self.fingerprint, salt), id.as_bytes());
+        Name { own: under(salt), public: (!salt.is_empty()).then(|| under(b"")) }
+    }
+
+    /// The record to go on from, here or with the daemon.
+    pub async fn find(&self, name: &Name) -> Option<Arc<Record>> {
+        let own = match self.local(name.own) {
+            None => self.fetch(name.own).await,
+            found => found,
+        };
+        match (own, name.public) {
+            (None, Some(public)) => match self.local(public) {
+                None => self.fetch(public).await,
+                found => found,
+            },
+            (found, _) => found,
+        }
+    }
+
+    /// Records a turn, here and (best effort) with the daemon.
+    pub fn put(&self, name: &Name, record: Record) {
+        let bytes = record.to_bytes();
+        self.keep(name.own, Arc::new(record));
+        if bytes.len() > kv_protocol::layout::CONVERSATION_RECORD_BYTES_MAX as usize {
+            tracing::debug!(bytes = bytes.len(), "a record is too long for the cache daemon");
+            return;
+        }
+        let command = Command::PutConversation { id: name.own.0, record: bytes };
+        if let Err(error) = (self.submit)(command) {
+            tracing::debug!(%error, "a conversation's record was not stored");
+        }
+    }
+
+    fn local(&self, id: ConversationId) -> Option<Arc<Record>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner).get(&id.0)
+    }
+
+    fn keep(&self, id: ConversationId, record: Arc<Record>) {
+        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        records.insert(id.0, record);
+        self.metrics.conversations(records.by_id.len());
+    }
+
+    async fn fetch(&self, id: ConversationId) -> Option<Arc<Record>> {
+        let (answer, answered) = oneshot::channel();
+        (self.submit)(Command::GetConversation { id: id.0, answer }).ok()?;
+        let bytes = tokio::time::timeout(FETCH_LIMIT, answered).await.ok()?.ok()??;
+        let record = Record::from_bytes(&bytes, self.vocabulary);
+        if record.is_none() {
+            tracing::warn!(conversation = %id, "the cache daemon's record is not readable; ignored");
+        }
+        let record = Arc::new(record?);
+        self.keep(id, record.clone());
+        Some(record)
+    }
+}
+
+/// Records by id, bounded in number and bytes.
+#[derive(Debug, Default)]
+struct Records {
+    by_id: HashMap<[u8; 32], (Arc<Record>, u64)>,
+    size_bytes: usize,
+    clock: u64,
+}
+
+impl Records {
+    fn get(&mut self, id: &[u8; 32]) -> Option<Arc<Record>> {
+        self.clock += 1;
+        let (record, used) = self.by_id.get_mut(id)?;
+        *used = self.clock;
+        Some(record.clone())
+    }
+
+    fn insert(&mut self, id: [u8; 32], record: Arc<Record>) {
+        self.clock += 1;
+        self.size_bytes += record.size_bytes();
+        if let Some((old, _)) = self.by_id.insert(id, (record, self.clock)) {
+            self.size_bytes -= old.size_bytes();
+        }
+        while self.by_id.len() > RECORDS_MAX
+            || (self.size_bytes > RECORDS_BYTES_MAX && self.by_id.len() > 1)
+        {
+            // A walk over at most RECORDS_MAX entries, once a turn: nothing beside the turn itself.
+            let oldest = self.by_id.iter().min_by_key(|(_, (_, used))| *used).map(|(id, _)| *id);
+            let Some((old, _)) = oldest.and_then(|id| self.by_id.remove(&id)) else { break };
+            self.size_bytes -= old.size_bytes();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, content: &str) -> TemplateMessage {
+        TemplateMessage { role: role.into(), content: content.into(), name: None }
+    }
+
+    /// A conversation of one turn: `[u] a`, rendered as written here.
+    fn one_turn() -> (Vec<MessageDigest>, Record) {
+        let messages = vec![digest(&message("user", "u")), digest(&message("assistant", "a"))];
+        let record = Record::after(Resume::default(), messages.clone(), "[u] a", vec![1, 2, 3]);
+        (messages, record)
+    }
+
+    #[test]
+    fn the_next_turn_goes_on_from_the_recorded_ids() {
+        let (mut messages, record) = one_turn();
+        messages.push(digest(&message("user", "v")));
+        let resume = record.resume(&messages, "[u] a [v] ");
+        assert_eq!(resume.tokens, [1, 2, 3]);
+        assert_eq!(resume.covered(), (5, 2));
+        assert_eq!(resume.diverged, None);
+    }
+
+    #[test]
+    fn what_does_not_match_is_not_used_and_has_a_reason() {
+        let (messages, record) = one_turn();
+        let user = messages[0];
+        let other = digest(&message("assistant", "b"));
+        for (messages, rendered, reason) in [
+            (vec![user, other], "[u] b [v]", Divergence::Edited),
+            (vec![user], "[u] ", Divergence::Shortened),
+            (messages.clone(), "[u]  a [v]", Divergence::Template),
+        ] {
+            let resume = record.resume(&messages, rendered);
+            assert_eq!(resume.diverged, Some(reason));
+            assert!(resume.tokens.is_empty());
+        }
+    }
+
+    #[test]
+    fn an_edit_in_a_later_turn_keeps_the_turns_before_it() {
+        let (mut messages, first) = one_turn();
+        messages.extend([digest(&message("user", "v")), digest(&message("assistant", "b"))]);
+        let resume = first.resume(&messages, "[u] a [v] b");
+        let second = Record::after(resume, messages.clone(), "[u] a [v] b", vec![1, 2, 3, 4, 5]);
+        messages[3] = digest(&message("assistant", "c"));
+        let resume = second.resume(&messages, "[u] a [v] c");
+        assert_eq!(resume.tokens, [1, 2, 3]);
+        assert_eq!(resume.diverged, Some(Divergence::Edited));
+    }
+
+    #[test]
+    fn role_name_and_content_do_not_run_into_each_other() {
+        let named = |name: Option<&str>, content: &str| {
+            digest(&TemplateMessage {
+                role: "user".into(),
+                content: content.into(),
+                name: name.map(str::to_owned),
+            })
+        };
+        assert_ne!(named(Some("ab"), "c"), named(Some("a"), "bc"));
+        assert_ne!(named(None, "ab"), named(Some("a"), "b"));
+    }
+
+    #[test]
+    fn a_record_comes_back_from_its_bytes() {
+        let (_, record) = one_turn();
+        assert_eq!(Record::from_bytes(&record.to_bytes(), 10), Some(record));
+    }
+
+    #[test]
+    fn bytes_that_are_no_record_are_refused() {
+        let (_, record) = one_turn();
+        let good = record.to_bytes();
+        for length in 0..good.len() {
+            assert_eq!(Record::from_bytes(&good[..length], 10), None, "cut at {length}");
+        }
+        assert_eq!(Record::from_bytes(&good, 3), None, "an id outside the vocabulary");
+        for at in 0..16 {
+            let mut bad = good.clone();
+            bad[at] ^= 0x80;
+            assert_eq!(Record::from_bytes(&bad, 10), None, "a count changed at {at}");
+        }
+    }
+
+    #[test]
+    fn records_are_bounded_and_the_least_recently_used_goes_first() {
+        let mut records = Records::default();
+        let id = |n: usize| *blake3::hash(&n.to_le_bytes()).as_bytes();
+        for n in 0..RECORDS_MAX {
+            records.insert(id(n), Arc::default());
+        }
+        assert!(records.get(&id(0)).is_some());
+        records.insert(id(RECORDS_MAX), Arc::default());
+        assert_eq!(records.by_id.len(), RECORDS_MAX);
+        assert!(records.get(&id(0)).is_some());
+        assert!(records.get(&id(1)).is_none());
+        let sizes: usize = records.by_id.values().map(|(record, _)| record.size_bytes()).sum();
+        assert_eq!(records.size_bytes, sizes);
+    }
+}
