@@ -133,6 +133,9 @@ pub enum GenerateError {
         /// Most of both together.
         context: u32,
     },
+    /// The backend answered without the token that it was asked for: 500, and a bug.
+    #[error("the backend gave no token; this is a bug, please report it")]
+    Backend,
     /// The server is stopping: 503.
     #[error("the server is shutting down")]
     ShuttingDown,

@@ -1,0 +1,350 @@
+//! Histories on their way: what was asked of the cache for a waiting sequence, and the loads that
+//! bring it into device blocks.
+//!
+//! ```text
+//! enqueue ─hint──► near the front ─lookup──► Found ──(on disk)──► Promoted or the deadline ──► Open
+//!                                     └───────────────────────────────────────────────────────► Open
+//! ```
+//!
+//! The wait for promotes is bounded by the time that computing takes (design invariant 4): a daemon
+//! that is slow, dead or gone costs that time at most, and no step ever waits for it.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::adaskip::policy::Reuse;
+use crate::batch::{BlockId, LoadBlock, LoadId, LoadPlan, SequenceId};
+use crate::block_pool::Origin;
+use crate::cache_client::{Accept, Hint, MissReason, SequenceTag, Tier};
+use crate::overlap::Rates;
+use crate::request::CachedTokens;
+use crate::scheduler::State;
+use crate::sequence::{Gate, Offer, Offered, Placement, Sequence};
+
+use super::cache::{Cache, HostBlock, Wanted};
+use super::{Engine, Flight};
+
+/// Waiting sequences whose places are told again when the queue moves; those behind it have time.
+const HINTS_AGAIN_MAX: usize = 32;
+
+/// What was asked for one waiting sequence.
+#[derive(Debug)]
+pub struct Ask {
+    sequence: SequenceId,
+    /// What was found, by place.
+    blocks: Vec<HostBlock>,
+}
+
+/// A load under way. It holds its blocks, and the pins of its frames.
+#[derive(Debug)]
+pub struct Load {
+    sequence: SequenceId,
+    /// Full blocks with their place in the chain, and the tail's with none.
+    blocks: Vec<(BlockId, Option<u32>)>,
+    origins: Vec<Origin>,
+    _pins: Vec<HostBlock>,
+    tokens: u32,
+    started: Duration,
+}
+
+/// All asks and loads of an engine.
+#[derive(Debug, Default)]
+pub struct Histories {
+    asks: HashMap<SequenceTag, Ask>,
+    tags: HashMap<SequenceId, SequenceTag>,
+    loads: HashMap<LoadId, Load>,
+    next_tag: u64,
+}
+
+impl Histories {
+    /// Whether copies are under way.
+    pub fn is_loading(&self) -> bool {
+        !self.loads.is_empty()
+    }
+}
+
+impl<C: Cache> Engine<C> {
+    /// Tells the cache that a sequence waits. To be followed by a lookup when it is near the front.
+    pub(super) fn announce(&mut self, id: SequenceId) {
+        let Some(cache) = &mut self.cache else { return };
+        let place = self.state.waiting.partition_point(|other| other.id < id);
+        let Some(sequence) = self.state.waiting.get(place) else { return };
+        let tokens = sequence.reusable(&self.state.sets);
+        if sequence.id != id || tokens == 0 || sequence.shuns_frames {
+            return;
+        }
+        let accept = match self.state.sets.reuse {
+            Reuse::Own => Accept::Own { variant: self.labels.own, numerics: self.labels.numerics },
+            Reuse::Any => Accept::Any,
+        };
+        let tokens_per_block = self.state.pool.tokens_per_block();
+        let wanted = Wanted {
+            root: sequence.root,
+            accept,
+            tokens: Arc::from(&sequence.tokens[..tokens as usize]),
+            tokens_per_block: tokens_per_block as u16,
+        };
+        self.histories.next_tag += 1;
+        let tag = SequenceTag(self.histories.next_tag);
+        let hint = expected_start(&self.state, &self.rates, place);
+        cache.enqueue(tag, wanted, hint);
+        self.histories.tags.insert(id, tag);
+        self.histories.asks.insert(tag, Ask { sequence: id, blocks: Vec::new() });
+    }
+
+    /// Tells the cache where the first waiting sequences stand now.
+    pub(super) fn hint_again(&mut self) {
+        let Some(cache) = &mut self.cache else { return };
+        for place in 0..self.state.waiting.len().min(HINTS_AGAIN_MAX) {
+            if let Some(tag) = self.histories.tags.get(&self.state.waiting[place].id) {
+                cache.hint(*tag, expected_start(&self.state, &self.rates, place));
+            }
+        }
+    }
+
+    /// Asks the cache for the sequences near the front, and opens the gate of those that need not, or
+    /// may no longer, wait for it.
+    pub(super) fn ask_cache(&mut self) {
+        let now = (self.clock)();
+        let State { waiting, pool, sets, limits, .. } = &mut self.state;
+        for sequence in waiting.iter_mut().take(limits.sequences_max) {
+            match sequence.gate {
+                Gate::Asked { until } if now >= until => {
+                    sequence.miss = Some(MissReason::Late);
+                    sequence.gate = Gate::Open;
+                }
+                Gate::Unasked => {
+                    sequence.gate = Gate::Open;
+                    let Some(cache) = self.cache.as_mut().filter(|cache| cache.is_attached())
+                    else {
+                        sequence.miss = Some(MissReason::Detached);
+                        continue;
+                    };
+                    let Some(tag) = self.histories.tags.get(&sequence.id) else { continue };
+                    let wanted = sequence.reusable(sets);
+                    let full = (wanted / pool.tokens_per_block()) as usize;
+                    let here = pool.prefix_len(&sequence.keys[..full]);
+                    let start = here * pool.tokens_per_block() as usize;
+                    let tail = pool.tail_len(
+                        &sequence.parent_of(here),
+                        &sequence.tokens[start..wanted as usize],
+                    );
+                    let missing = wanted - start as u32 - tail;
+                    if missing > 0 && cache.lookup(*tag).is_ok() {
+                        let until = now + self.rates.promote_wait_max(missing);
+                        sequence.gate = Gate::Asked { until };
+                    }
+                }
+                Gate::Asked { .. } | Gate::Open | Gate::Placed { .. } => {}
+            }
+        }
+    }
+
+    /// The first deadline of a sequence that waits for the cache.
+    pub(super) fn next_deadline(&self) -> Option<Duration> {
+        let until = |sequence: &Sequence| match sequence.gate {
+            Gate::Asked { until } => Some(until),
+            _ => None,
+        };
+        self.state.waiting.iter().filter_map(until).min()
+    }
+
+    /// The cache has found, or promoted, blocks. `more`: others are on their way.
+    pub(super) fn found(
+        &mut self,
+        tag: SequenceTag,
+        blocks: Vec<HostBlock>,
+        more: bool,
+        miss: Option<MissReason>,
+    ) {
+        let Some(ask) = self.histories.asks.get_mut(&tag) else { return };
+        let Some(sequence) = self.state.waiting_mut(ask.sequence) else { return };
+        ask.blocks.extend(blocks);
+        // Of several blocks for one place the one that helps most.
+        ask.blocks.sort_by_key(|block| (block.index, Reverse(block.tokens)));
+        ask.blocks.dedup_by_key(|block| block.index);
+        let offered = ask.blocks.iter().map(|block| {
+            let origin = self.labels.origin(&block.variant, &block.numerics);
+            (block.index, Offered { tokens: block.tokens, origin })
+        });
+        sequence.offer = offered.collect();
+        sequence.miss = miss.or(sequence.miss);
+        if matches!(sequence.gate, Gate::Asked { .. }) && !more {
+            sequence.gate = Gate::Open;
+        }
+    }
+
+    /// The daemon is gone, or another one is there: what was found or asked under the old attachment is
+    /// void. Sequences that were not placed yet ask again, or go on without.
+    pub(super) fn reattached(&mut self) {
+        self.histories.asks.values_mut().for_each(|ask| ask.blocks.clear());
+        for sequence in &mut self.state.waiting {
+            if !matches!(sequence.gate, Gate::Placed { .. }) {
+                sequence.gate = Gate::Unasked;
+                sequence.offer = Offer::default();
+            }
+        }
+    }
+
+    /// Starts the loads of the next sequences while the current step runs.
+    pub(super) fn load_ahead(&mut self) {
+        let now = (self.clock)();
+        for placement in crate::scheduler::place_ahead(&mut self.state, now, &self.rates) {
+            self.start_load(placement);
+        }
+    }
+
+    /// Starts the load of a sequence whose blocks were just reserved, and notes what was found where.
+    pub(super) fn start_load(&mut self, placement: Placement) {
+        let id = placement.sequence;
+        let mut cached =
+            CachedTokens { device: placement.device_tokens, ..CachedTokens::default() };
+        let blocks = self.forget_ask(id).map(|ask| ask.blocks).unwrap_or_default();
+        if placement.slower_than_recompute > 0 {
+            self.rates.doubt_load();
+        }
+        if let Some(load) = placement.load {
+            let size = self.state.pool.tokens_per_block();
+            let mut plan = Vec::with_capacity(placement.blocks.len());
+            let mut held = Vec::with_capacity(placement.blocks.len());
+            let mut origins = Vec::with_capacity(placement.blocks.len());
+            let mut left = placement.load_tokens;
+            for &(index, block) in &placement.blocks {
+                let found = blocks.binary_search_by_key(&index, |found| found.index);
+                let found = &blocks[found.expect("only offered blocks are placed")];
+                let tokens = left.min(size);
+                left -= tokens;
+                match found.tier {
+                    Tier::Host => cached.host += tokens,
+                    Tier::Disk => cached.disk += tokens,
+                }
+                self.state.pool.retain(block);
+                if tokens == size {
+                    // Else the next step would save what has just come from a frame.
+                    self.state.pool.set_stored(block, self.saves.attachment);
+                }
+                held.push((block, (tokens == size).then_some(index)));
+                origins.push(self.labels.origin(&found.variant, &found.numerics));
+                plan.push(LoadBlock {
+                    frame: found.frame.clone(),
+                    block,
+                    checksums: found.checksums.clone(),
+                });
+            }
+            let present_layers = self.state.sets.present_layers.clone();
+            self.backend.load(LoadPlan { id: load, blocks: plan, present_layers });
+            let started = (self.clock)();
+            let load_state = Load {
+                sequence: id,
+                blocks: held,
+                origins,
+                _pins: blocks,
+                tokens: placement.load_tokens,
+                started,
+            };
+            self.histories.loads.insert(load, load_state);
+        }
+        let slower = placement.slower_than_recompute > 0;
+        if let Some(sequence) = self.sequence_mut(id) {
+            sequence.placed = cached;
+            if slower {
+                sequence.miss = Some(MissReason::SlowerThanRecompute);
+            }
+        }
+    }
+
+    /// All layers of a load have arrived: its blocks are as good as computed ones.
+    pub(super) fn loaded(&mut self, id: LoadId) {
+        let Some(load) = self.histories.loads.remove(&id) else { return };
+        self.rates.observe_load(load.tokens, (self.clock)().saturating_sub(load.started));
+        self.stats.loads.with_label_values(&["done"]).inc();
+        let attachment = self.saves.attachment;
+        if let Some(sequence) = self.sequence_mut(load.sequence)
+            && sequence.waits.contains(&id)
+        {
+            sequence.waits.retain(|&waited| waited != id);
+            let keys: Vec<_> = load
+                .blocks
+                .iter()
+                .map(|(_, index)| index.map(|at| sequence.keys[at as usize]))
+                .collect();
+            for (((block, _), key), origin) in load.blocks.iter().zip(keys).zip(&load.origins) {
+                if let Some(key) = key {
+                    self.state.pool.seal(*block, key, *origin);
+                    self.state.pool.set_stored(*block, attachment);
+                }
+            }
+        }
+        load.blocks.iter().for_each(|&(block, _)| self.state.pool.release(block));
+    }
+
+    /// A load failed. Its sequence starts over, by computing, when no step names it any more.
+    pub(super) fn load_failed(&mut self, id: LoadId) {
+        let Some(load) = self.histories.loads.remove(&id) else { return };
+        self.stats.loads.with_label_values(&["failed"]).inc();
+        tracing::warn!(sequence = load.sequence.0, "a load failed its checksum; recomputing");
+        if let Some(sequence) = self.sequence_mut(load.sequence)
+            && sequence.waits.contains(&id)
+        {
+            sequence.broken = true;
+        }
+        load.blocks.iter().for_each(|&(block, _)| self.state.pool.release(block));
+    }
+
+    /// The cache need not think of this sequence any more. What was pinned for it is returned.
+    pub(super) fn forget_ask(&mut self, id: SequenceId) -> Option<Ask> {
+        let tag = self.histories.tags.remove(&id)?;
+        if let Some(cache) = &mut self.cache {
+            cache.end(tag);
+        }
+        self.histories.asks.remove(&tag)
+    }
+
+    /// Puts sequences whose load failed back into the queue, without frames. Not while a step runs.
+    pub(super) fn restart_broken(&mut self) {
+        debug_assert!(self.flight.as_ref().is_none_or(Flight::is_over), "a step names its blocks");
+        let State { waiting, running, .. } = &mut self.state;
+        let broken = |sequence: &&Sequence| sequence.broken;
+        let ids: Vec<SequenceId> = waiting
+            .iter()
+            .filter(broken)
+            .chain(running.iter().filter(broken))
+            .map(|s| s.id)
+            .collect();
+        for id in ids {
+            let computed = self.sequence_mut(id).map_or(0, |sequence| sequence.computed);
+            self.stats.recomputed_tokens.inc_by(computed.into());
+            match self.state.running_index(id) {
+                Some(at) => {
+                    let sequence = self.state.running.remove(at);
+                    self.state.requeue(sequence);
+                }
+                None => self.state.displace(id),
+            }
+            if let Some(sequence) = self.state.waiting_mut(id) {
+                sequence.shuns_frames = true;
+                sequence.miss = Some(MissReason::Checksum);
+                sequence.cached = CachedTokens::default();
+            }
+        }
+    }
+
+    /// A sequence, wherever it is.
+    pub(super) fn sequence_mut(&mut self, id: SequenceId) -> Option<&mut Sequence> {
+        match self.state.running_index(id) {
+            Some(at) => self.state.running.get_mut(at),
+            None => self.state.waiting_mut(id),
+        }
+    }
+}
+
+/// When the sequence at `place` of the queue is expected to start: when all before it are computed.
+fn expected_start(state: &State, rates: &Rates, place: usize) -> Hint {
+    let running = state.running.iter().map(|sequence| sequence.len() - sequence.computed);
+    let ahead = state.waiting.iter().take(place).map(|s| s.len() - s.computed);
+    let tokens = running.chain(ahead).fold(0_u32, u32::saturating_add);
+    let start_in_ms = rates.prefill_time(tokens).as_millis().try_into().unwrap_or(u32::MAX);
+    Hint { place: place as u32, start_in_ms }
+}
