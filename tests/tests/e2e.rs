@@ -34,6 +34,9 @@ const KILLS: u32 = 10;
 /// Turns of the conversations that run while the worker is killed.
 const TURNS_UNDER_FIRE: usize = 3;
 
+/// Where the daemon answers `/status`.
+const DAEMON_PORT: u16 = 9100;
+
 /// How long the supervisor may take to have a worker again; its back-off is bounded below this.
 const WORKER_DURATION_MAX: Duration = Duration::from_mins(1);
 
@@ -152,16 +155,24 @@ async fn no_request_fails_while_the_daemons_worker_is_killed(
     ensure!(restarts == 0, "containers were restarted {restarts} times: the supervisor died too");
     story.progress.say(format!("{turns} turns answered, {KILLS} workers killed, no restart"));
 
-    // The cache comes back: a turn asked twice finds itself once the new worker is attached.
-    let mut conversation = Conversation::new(TOKENS_MAX).salted();
-    wait(&mut story.progress, WORKER_DURATION_MAX, "the cache serves again", async || {
-        conversation.say(&story.client, QUESTIONS[0])?;
-        let again = conversation.say(&story.client, QUESTIONS[1])?;
-        Ok(match again.cached_tokens {
-            0 => Look::NotYet("no tokens cached yet".into()),
-            _ => Look::Done(()),
-        })
-    })
+    let address =
+        pod.status.and_then(|status| status.pod_ip).context("a pod without an address")?;
+    let daemon = Client::new(format!("http://{address}:{DAEMON_PORT}"), "none");
+    wait(
+        &mut story.progress,
+        WORKER_DURATION_MAX,
+        "the last worker has the runtime attached",
+        async || {
+            let status: Value = match daemon.page("/status") {
+                Ok(page) => serde_json::from_str(&page)?,
+                Err(error) => return Ok(Look::NotYet(error.to_string())),
+            };
+            Ok(match status["attachments"].as_u64() {
+                Some(1..) => Look::Done(()),
+                _ => Look::NotYet(format!("the worker's status: {status}")),
+            })
+        },
+    )
     .await
 }
 
