@@ -232,7 +232,8 @@ impl Facts<'_> {
         indexes
             .map(|index| {
                 let pod = self.observed.pods.get(&ReplicaIndex(index));
-                let problem = pod.and_then(problem::of);
+                let last_words = self.observed.last_words.get(&ReplicaIndex(index));
+                let problem = pod.and_then(|pod| problem::of(pod, last_words));
                 let phase = match pod {
                     None => ReplicaPhase::Missing,
                     Some(pod) if plan::is_ending(&pod.metadata) => ReplicaPhase::Ending,
@@ -254,9 +255,9 @@ impl Facts<'_> {
 
     /// Problems of pods that do not serve and are not about to go.
     fn problems(&self) -> impl Iterator<Item = Problem> {
-        let pods = self.observed.pods.values();
-        pods.filter(|pod| !plan::is_ending(&pod.metadata) && !plan::is_ready(pod))
-            .filter_map(problem::of)
+        let pods = self.observed.pods.iter();
+        pods.filter(|(_, pod)| !plan::is_ending(&pod.metadata) && !plan::is_ready(pod))
+            .filter_map(|(index, pod)| problem::of(pod, self.observed.last_words.get(index)))
     }
 
     fn worst_problem(&self) -> Option<Problem> {

@@ -8,12 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Service};
+use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
 use crate::api::ConversationModel;
 use crate::desired::{self, ReplicaIndex};
+use crate::problem::{self, LastWords};
+
+/// Most events of one pod that are read; a pod that starts has about ten.
+const EVENTS_MAX: u32 = 100;
 
 /// Kind of an object that the operator owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,6 +50,9 @@ pub struct Observed {
     pub claims: BTreeMap<ReplicaIndex, PersistentVolumeClaim>,
     /// The model's service.
     pub service: Option<Service>,
+    /// What the kubelet last said about pods whose own status says nothing: an image volume that
+    /// cannot be pulled and a disk that cannot be mounted are told by events alone.
+    pub last_words: BTreeMap<ReplicaIndex, LastWords>,
     /// Objects of other owners that bear a name which the model needs.
     pub strangers: BTreeSet<(Kind, String)>,
 }
@@ -92,7 +100,32 @@ pub async fn observe(
             observed.strangers.insert((kind, name));
         }
     }
+    for (index, pod) in observed.pods.iter().filter(|(_, pod)| problem::is_mute(pod)) {
+        if let Some(words) = look.last_words(client, pod).await? {
+            observed.last_words.insert(*index, words);
+        }
+    }
     Ok(observed)
+}
+
+/// The newest of a pod's events; of several pull failures the one that says why.
+fn newest(mut events: Vec<Event>) -> Option<LastWords> {
+    let time = |event: &Event| {
+        let series = event.series.as_ref().map(|series| series.last_observed_time.0);
+        let last = event.deprecated_last_timestamp.as_ref().map(|time| time.0);
+        let first = event.event_time.as_ref().map(|time| time.0);
+        series.max(last).max(first)
+    };
+    events.sort_by_key(time);
+    let newest = events.last()?;
+    let note = |event: &Event| event.note.clone().unwrap_or_default();
+    let pull_failed = events.iter().rev().map(note).find(|note| note.starts_with("Failed to pull"));
+    let reason = newest.reason.clone().unwrap_or_default();
+    let note = match pull_failed {
+        Some(fuller) if problem::is_pull_failure(&reason) => fuller,
+        _ => note(newest),
+    };
+    Some(LastWords { reason, note })
 }
 
 impl Observed {
@@ -121,6 +154,7 @@ impl Observed {
             service: services
                 .into_iter()
                 .find(|service| own(&service.metadata) && service.name_any() == name),
+            last_words: BTreeMap::new(),
             strangers: BTreeSet::new(),
         }
     }
@@ -171,6 +205,17 @@ impl Look<'_> {
         Ok(found.is_some())
     }
 
+    async fn last_words(
+        &self,
+        client: &Client,
+        pod: &Pod,
+    ) -> Result<Option<LastWords>, ObserveError> {
+        let about = format!("regarding.uid={}", pod.uid().unwrap_or_default());
+        let events = Api::<Event>::namespaced(client.clone(), self.namespace);
+        let listed = events.list(&ListParams::default().fields(&about).limit(EVENTS_MAX)).await;
+        Ok(newest(listed.map_err(|source| self.failed(Kind::Pod, source))?.items))
+    }
+
     fn failed(&self, kind: Kind, source: kube::Error) -> ObserveError {
         ObserveError::Read {
             kind,
@@ -178,5 +223,39 @@ impl Look<'_> {
             model: self.model.name_any(),
             source,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn event(second: u32, reason: &str, note: &str) -> Event {
+        serde_json::from_value(json!({
+            "metadata": {"name": "e"}, "reason": reason, "note": note,
+            "deprecatedLastTimestamp": format!("2026-01-01T00:00:{second:02}Z"),
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_newest_event_speaks_for_the_pod() {
+        let events =
+            vec![event(9, "Pulling", "Pulling image"), event(3, "FailedMount", "the disk is busy")];
+        assert_eq!(newest(events).unwrap().reason, "Pulling");
+        assert_eq!(newest(vec![]), None);
+    }
+
+    #[test]
+    fn of_several_pull_failures_the_one_that_says_why_is_told() {
+        let events = vec![
+            event(1, "Failed", "Failed to pull image \"a/b\": no such host"),
+            event(2, "Failed", "Error: ErrImagePull"),
+            event(3, "BackOff", "Back-off pulling image \"a/b\""),
+        ];
+        let words = newest(events).unwrap();
+        assert_eq!(words.reason, "BackOff");
+        assert_eq!(words.note, "Failed to pull image \"a/b\": no such host");
     }
 }

@@ -27,6 +27,8 @@ pub enum Trouble {
     CrashLooping,
     /// The kubelet cannot make a container.
     ContainerNotCreated,
+    /// A volume cannot be attached or mounted; often another pod still holds it.
+    VolumeUnavailable,
     /// No node fits.
     Unschedulable,
 }
@@ -41,6 +43,7 @@ impl Trouble {
             Self::OutOfMemory => "OutOfMemory",
             Self::CrashLooping => "CrashLooping",
             Self::ContainerNotCreated => "ContainerNotCreated",
+            Self::VolumeUnavailable => "VolumeUnavailable",
             Self::Unschedulable => "Unschedulable",
         }
     }
@@ -57,10 +60,61 @@ pub struct Problem {
     pub message: String,
 }
 
+/// The newest event about a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LastWords {
+    /// Its reason, such as `FailedMount`.
+    pub reason: String,
+    /// Its sentence, or a fuller one of the same trouble.
+    pub note: String,
+}
+
 /// The worst thing that is wrong with the pod, if any.
-pub fn of(pod: &Pod) -> Option<Problem> {
+pub fn of(pod: &Pod, last_words: Option<&LastWords>) -> Option<Problem> {
     let containers = containers(pod).filter_map(|container| of_container(pod, container));
-    containers.chain(of_placement(pod)).min_by_key(|problem| problem.trouble)
+    containers
+        .chain(of_placement(pod))
+        .chain(last_words.and_then(|words| of_last_words(pod, words)))
+        .min_by_key(|problem| problem.trouble)
+}
+
+/// Whether the pod has a node and waits for something that its own status does not tell: containers
+/// that are "being created" may be waiting for an image volume or a disk.
+pub fn is_mute(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+    let is = |wanted: &str| {
+        conditions.clone().any(|condition| condition.type_ == wanted && condition.status == "True")
+    };
+    let waits = |container: &ContainerStatus| {
+        let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+        let reason = waiting.and_then(|waiting| waiting.reason.as_deref());
+        matches!(reason, Some("ContainerCreating" | "PodInitializing"))
+    };
+    let ending = pod.metadata.deletion_timestamp.is_some();
+    !ending && is("PodScheduled") && !is("Ready") && containers(pod).any(waits)
+}
+
+/// Whether an event's reason tells of an image that could not be pulled.
+pub fn is_pull_failure(reason: &str) -> bool {
+    matches!(reason, "Failed" | "BackOff" | "ErrImageNeverPull" | "InspectFailed")
+}
+
+fn of_last_words(pod: &Pod, words: &LastWords) -> Option<Problem> {
+    let (name, note) = (pod.name_any(), &words.note);
+    let (trouble, message) = match words.reason.as_str() {
+        reason if is_pull_failure(reason) => {
+            (Trouble::ImageMissing, format!("pod {name} waits for an image: {note}"))
+        }
+        "FailedMount" | "FailedAttachVolume" | "FailedMapVolume" => {
+            (Trouble::VolumeUnavailable, format!("pod {name} waits for a volume: {note}"))
+        }
+        "FailedCreatePodSandBox" => {
+            (Trouble::ContainerNotCreated, format!("pod {name} cannot be started: {note}"))
+        }
+        _ => return None,
+    };
+    Some(Problem { trouble, container: None, message })
 }
 
 /// Restarts of the pod's containers, all together.
@@ -113,11 +167,6 @@ fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<Problem> {
             | "RegistryUnavailable" => {
                 whole(Trouble::ImageMissing, format!("{place} has no image ({reason}): {said}"))
             }
-            // An image volume that cannot be pulled stops all containers of the pod.
-            "ImageVolumeMountFailed" | "ErrImageVolume" => whole(
-                Trouble::ImageMissing,
-                format!("the image of the weights cannot be had ({reason}): {said}"),
-            ),
             "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => whole(
                 Trouble::ContainerNotCreated,
                 format!("{place} cannot be made ({reason}): {said}"),
@@ -159,7 +208,10 @@ fn trouble_of_end(container: &ContainerStatus, ended: &ContainerStateTerminated)
 fn describe_end(place: &str, ended: &ContainerStateTerminated) -> String {
     let code = ended.exit_code;
     let how = match ended.reason.as_deref() {
-        Some("OOMKilled") => "was killed at its memory limit".to_owned(),
+        Some("OOMKilled") => {
+            "was killed at its memory limit; raise spec.model.memory, it is part of that limit"
+                .to_owned()
+        }
         _ => format!("ended with exit code {code}"),
     };
     match last_words(ended.message.as_deref().unwrap_or_default()) {
@@ -195,15 +247,15 @@ mod tests {
 
     #[test]
     fn a_pod_that_starts_has_no_problem() {
-        assert_eq!(of(&pod(&json!({}))), None);
-        assert_eq!(of(&waiting("runtime", "PodInitializing", None, "")), None);
-        assert_eq!(of(&waiting("runtime", "ContainerCreating", None, "")), None);
+        assert_eq!(of(&pod(&json!({})), None), None);
+        assert_eq!(of(&waiting("runtime", "PodInitializing", None, ""), None), None);
+        assert_eq!(of(&waiting("runtime", "ContainerCreating", None, ""), None), None);
     }
 
     #[test]
     fn exit_code_65_of_the_runtime_is_a_bad_model_file_and_its_sentence_is_kept() {
         let words = "loading\nmodel file /models/x.gguf is cut off; fetch it again\n";
-        let problem = of(&waiting("runtime", "CrashLoopBackOff", Some(65), words)).unwrap();
+        let problem = of(&waiting("runtime", "CrashLoopBackOff", Some(65), words), None).unwrap();
         assert_eq!(problem.trouble, Trouble::ModelFileInvalid);
         assert!(problem.message.ends_with("is cut off; fetch it again"), "{}", problem.message);
         assert!(problem.message.contains("chat-0"));
@@ -221,7 +273,7 @@ mod tests {
             ("runtime", "CreateContainerConfigError", None, Trouble::ContainerNotCreated),
         ];
         for (name, reason, exit, trouble) in cases {
-            let problem = of(&waiting(name, reason, exit, "said")).unwrap();
+            let problem = of(&waiting(name, reason, exit, "said"), None).unwrap();
             assert_eq!(problem.trouble, trouble, "{name} {reason} {exit:?}");
         }
     }
@@ -232,7 +284,7 @@ mod tests {
             "name": "runtime", "image": "", "imageID": "", "ready": false, "restartCount": 1,
             "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
         }]});
-        assert_eq!(of(&pod(&status)).unwrap().trouble, Trouble::OutOfMemory);
+        assert_eq!(of(&pod(&status), None).unwrap().trouble, Trouble::OutOfMemory);
     }
 
     #[test]
@@ -241,7 +293,7 @@ mod tests {
             "name": "runtime", "image": "", "imageID": "", "ready": false, "restartCount": 0,
             "state": {"terminated": {"exitCode": 0, "reason": "Completed"}},
         }]});
-        assert_eq!(of(&pod(&status)), None);
+        assert_eq!(of(&pod(&status), None), None);
     }
 
     #[test]
@@ -250,14 +302,36 @@ mod tests {
             "name": "runtime", "image": "", "imageID": "", "ready": true, "restartCount": 1, "started": true,
             "state": {"running": {}}, "lastState": {"terminated": {"exitCode": 70}},
         }]});
-        assert_eq!(of(&pod(&status)), None);
+        assert_eq!(of(&pod(&status), None), None);
+    }
+
+    #[test]
+    fn a_mute_pod_speaks_through_its_last_event() {
+        let status = json!({
+            "conditions": [{"type": "PodScheduled", "status": "True"}],
+            "containerStatuses": [{
+                "name": "runtime", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"waiting": {"reason": "PodInitializing"}},
+            }],
+        });
+        let pod = pod(&status);
+        assert!(is_mute(&pod));
+        let trouble = |reason: &str| {
+            let words = LastWords { reason: reason.into(), note: "said".into() };
+            of(&pod, Some(&words)).map(|problem| problem.trouble)
+        };
+        assert_eq!(trouble("FailedMount"), Some(Trouble::VolumeUnavailable));
+        assert_eq!(trouble("FailedAttachVolume"), Some(Trouble::VolumeUnavailable));
+        assert_eq!(trouble("BackOff"), Some(Trouble::ImageMissing));
+        assert_eq!(trouble("Pulling"), None);
+        assert_eq!(trouble("Unhealthy"), None, "a startup probe that fails is a start");
     }
 
     #[test]
     fn the_scheduler_s_own_words_are_passed_on() {
         let status = json!({"conditions": [{"type": "PodScheduled", "status": "False",
             "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient memory."}]});
-        let problem = of(&pod(&status)).unwrap();
+        let problem = of(&pod(&status), None).unwrap();
         assert_eq!(problem.trouble, Trouble::Unschedulable);
         assert!(problem.message.contains("Insufficient memory"));
     }

@@ -15,6 +15,7 @@ use crate::desired::Images;
 use crate::error::{Class, class_of};
 use crate::observe::{ObserveError, observe};
 use crate::plan::{Change, Plan, Wait, plan};
+use crate::problem;
 use crate::story;
 use crate::telemetry::Metrics;
 
@@ -22,6 +23,8 @@ use crate::telemetry::Metrics;
 const RESYNC: Duration = Duration::from_mins(5);
 /// What stands in the way (a stranger's object, a quota) is not watched, so it is looked at again.
 const BLOCKED_RETRY: Duration = Duration::from_secs(15);
+/// A pod that starts may be stuck in a way that only its events tell, which are not watched.
+const STARTING_RETRY: Duration = Duration::from_secs(5);
 /// After an error that passes by itself.
 const ERROR_RETRY: Duration = Duration::from_secs(3);
 /// After an error of ours: it will not pass, but the log should not fill.
@@ -94,7 +97,13 @@ pub async fn reconcile(
         applier.write_status(&model, &status).await?;
         context.tell(&model, story::of_turn(model.status.as_ref(), &status)).await;
     }
-    Ok(Action::requeue(if is_blocked(&plan, refused.as_ref()) { BLOCKED_RETRY } else { RESYNC }))
+    let blocked = is_blocked(&plan, refused.as_ref());
+    let starting = observed.pods.values().any(problem::is_mute);
+    Ok(Action::requeue(match (starting, blocked) {
+        (true, _) => STARTING_RETRY,
+        (false, true) => BLOCKED_RETRY,
+        (false, false) => RESYNC,
+    }))
 }
 
 /// When to look again after an error.

@@ -26,6 +26,7 @@ impl Scene {
             pods: [(ReplicaIndex(0), replica)].into(),
             claims: [(ReplicaIndex(0), claim)].into(),
             service: Some(desired::service::service(&model)),
+            last_words: [].into(),
             strangers: [].into(),
         };
         Self { model, observed }
