@@ -2,7 +2,8 @@
 //!
 //! Weights are packed at load in groups of sixteen output columns, so that a vector's lanes are
 //! columns: `acc[lane] += …` runs over `K` in one order whatever the number of rows, the tile, or
-//! the thread. A tile is one group × up to [`ROWS_MAX`] activation rows; its weights are read once.
+//! the thread. A tile is one group × up to [`TILE_ROWS`] activation rows (8 float and 8 integer
+//! accumulators fit AVX-512's 32 registers); its weights are read once.
 
 use std::ops::Range;
 
@@ -10,12 +11,8 @@ use crate::disjoint::Disjoint;
 use crate::error::LaunchError;
 use crate::matmul_q4_1::MatrixQ4_1;
 use crate::matmul_q8_0::MatrixQ8_0;
-use crate::quantise::{BLOCK, Block};
+use crate::quantise::{BLOCK, Block, TILE_ROWS, tiled_len};
 use crate::simd::{Class, LANES, Simd, Task};
-
-/// Activation rows that one pass over a group's weights serves: 8 float and 8 integer accumulators
-/// fit AVX-512's 32 registers.
-pub const ROWS_MAX: usize = 8;
 
 /// Activation rows that stay in the second-level cache while a range of groups meets them: 64 rows
 /// of 1,536 values take 150 KB.
@@ -32,8 +29,14 @@ pub(crate) trait Packed: Sync {
     fn inner(&self) -> usize;
     /// Output columns, padding excluded.
     fn columns(&self) -> usize;
-    /// Sums over `K` of group `group` for each of the rows.
-    fn tile<S: Simd, const R: usize>(&self, s: S, group: usize, x: [&[Block]; R]) -> [S::F; R];
+    /// Sums over `K` of group `group` for rows `first .. first + R` of a tile.
+    fn tile<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        group: usize,
+        x: &[[Block; TILE_ROWS]], // [K / 32]
+        first: usize,
+    ) -> [S::F; R];
 }
 
 /// A packed weight matrix: `[N, K]`, as in the file, of any format.
@@ -96,18 +99,18 @@ impl Matrix {
         &self,
         class: Class,
         groups: Range<usize>,
-        x: &[Block], // [T, K / 32]
+        rows: usize,
+        x: &[Block], // [T / 8, K / 32, 8]
         out: &Output<'_>,
     ) -> Result<(), LaunchError> {
-        let blocks = self.inner() / BLOCK;
-        LaunchError::check_multiple("x", blocks, x.len())?;
-        let rows = x.len() / blocks;
+        LaunchError::check_equal("x", tiled_len(rows, self.inner() / BLOCK), x.len())?;
         assert!(groups.end <= self.groups());
         assert!(out.first_column + self.columns() <= out.stride);
         assert!(rows * out.stride <= out.buffer.len());
+        let (x, _) = x.as_chunks::<TILE_ROWS>();
         match self {
-            Self::Q4_1(matrix) => class.run(Multiply { matrix, groups, x, out }),
-            Self::Q8_0(matrix) => class.run(Multiply { matrix, groups, x, out }),
+            Self::Q4_1(matrix) => class.run(Multiply { matrix, groups, rows, x, out }),
+            Self::Q8_0(matrix) => class.run(Multiply { matrix, groups, rows, x, out }),
         }
         Ok(())
     }
@@ -127,7 +130,8 @@ pub struct Output<'a> {
 struct Multiply<'a, P> {
     matrix: &'a P,
     groups: Range<usize>,
-    x: &'a [Block],
+    rows: usize,
+    x: &'a [[Block; TILE_ROWS]], // [T / 8, K / 32]
     out: &'a Output<'a>,
 }
 
@@ -135,48 +139,52 @@ impl<P: Packed> Task for Multiply<'_, P> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let blocks = self.matrix.inner() / BLOCK;
-        let rows = self.x.len() / blocks;
-        for panel in (0..rows).step_by(PANEL_ROWS) {
+        for panel in (0..self.rows).step_by(PANEL_ROWS) {
             for group in self.groups.clone() {
-                self.panel(s, group, panel, rows.min(panel + PANEL_ROWS));
+                for row in (panel..self.rows.min(panel + PANEL_ROWS)).step_by(TILE_ROWS) {
+                    self.tile(s, group, row);
+                }
             }
         }
     }
 }
 
 impl<P: Packed> Multiply<'_, P> {
+    /// One group × the tile that starts at `row`. A part of a tile is computed with as many rows as
+    /// its size rounded up to a power of two; the surplus rows are not stored.
     #[inline(always)]
-    fn panel<S: Simd>(&self, s: S, group: usize, first: usize, end: usize) {
-        let mut row = first;
-        if S::WIDE {
-            while row + ROWS_MAX <= end {
-                self.tile::<S, ROWS_MAX>(s, group, row);
-                row += ROWS_MAX;
+    fn tile<S: Simd>(&self, s: S, group: usize, row: usize) {
+        let count = (self.rows - row).min(TILE_ROWS);
+        match (S::WIDE, count) {
+            (_, 1) => self.part::<S, 1>(s, group, row, 0, count),
+            (true, 2) => self.part::<S, 2>(s, group, row, 0, count),
+            (true, 3 | 4) => self.part::<S, 4>(s, group, row, 0, count),
+            (true, _) => self.part::<S, TILE_ROWS>(s, group, row, 0, count),
+            (false, _) => {
+                for first in (0..count).step_by(2) {
+                    self.part::<S, 2>(s, group, row, first, count);
+                }
             }
-            if row + 4 <= end {
-                self.tile::<S, 4>(s, group, row);
-                row += 4;
-            }
-        }
-        while row + 2 <= end {
-            self.tile::<S, 2>(s, group, row);
-            row += 2;
-        }
-        if row < end {
-            self.tile::<S, 1>(s, group, row);
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize>(&self, s: S, group: usize, row: usize) {
+    fn part<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        group: usize,
+        row: usize,
+        first: usize,
+        count: usize,
+    ) {
         let blocks = self.matrix.inner() / BLOCK;
-        let x = std::array::from_fn(|r| &self.x[(row + r) * blocks..(row + r + 1) * blocks]);
-        let sums = self.matrix.tile::<S, R>(s, group, x);
-        let first = group * LANES;
-        let width = LANES.min(self.matrix.columns() - first);
-        for (r, sum) in sums.into_iter().enumerate() {
-            let start = (row + r) * self.out.stride + self.out.first_column + first;
+        let tile = row / TILE_ROWS;
+        let x = &self.x[tile * blocks..(tile + 1) * blocks];
+        let sums = self.matrix.tile::<S, R>(s, group, x, first);
+        let column = group * LANES;
+        let width = LANES.min(self.matrix.columns() - column);
+        for (r, sum) in sums.into_iter().enumerate().take(count - first) {
+            let start = (row + first + r) * self.out.stride + self.out.first_column + column;
             // SAFETY: the columns of `groups` are this call's alone (contract of `multiply`), and
             // the part is dropped before the next is taken.
             let to = unsafe { self.out.buffer.range_mut(start..start + width) };
@@ -195,12 +203,13 @@ impl<P: Packed> Multiply<'_, P> {
 pub fn multiply_all(
     class: Class,
     matrix: &Matrix,
+    rows: usize,
     x: &[Block],
     out: &mut [f32],
 ) -> Result<(), LaunchError> {
     let stride = matrix.columns();
-    LaunchError::check_equal("out", x.len() / (matrix.inner() / BLOCK) * stride, out.len())?;
+    LaunchError::check_equal("out", rows * stride, out.len())?;
     let out = Output { buffer: Disjoint::new(out), stride, first_column: 0 };
     // SAFETY: `out` is borrowed exclusively, and this is the only call that sees it.
-    unsafe { matrix.multiply(class, 0..matrix.groups(), x, &out) }
+    unsafe { matrix.multiply(class, 0..matrix.groups(), rows, x, &out) }
 }

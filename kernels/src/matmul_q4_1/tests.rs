@@ -3,7 +3,7 @@ use half::f16;
 use super::{FILE_BLOCK_BYTES, FILE_BLOCK_BYTES_Q4_0, MatrixQ4_1, reference};
 use crate::error::LaunchError;
 use crate::matmul::{Matrix, multiply_all};
-use crate::quantise::{BLOCK, Block, quantise};
+use crate::quantise::{self, BLOCK, Block, quantise_all};
 use crate::simd::{Class, tests::Random};
 
 fn weights(random: &mut Random, columns: usize, inner: usize) -> Vec<u8> {
@@ -14,12 +14,6 @@ fn weights(random: &mut Random, columns: usize, inner: usize) -> Vec<u8> {
         file.extend((0..16).map(|_| random.bits() as u8));
     }
     file
-}
-
-fn activations(random: &mut Random, rows: usize, inner: usize) -> Vec<Block> {
-    let mut blocks = vec![Block::ZERO; rows * inner / BLOCK];
-    quantise(Class::detect(), &random.floats(rows * inner, 4.0), &mut blocks).unwrap();
-    blocks
 }
 
 fn bits(floats: &[f32]) -> Vec<u32> {
@@ -33,14 +27,17 @@ fn every_class_and_every_number_of_rows_gives_the_reference_bits() {
         let file = weights(&mut random, columns, inner);
         let matrix = Matrix::Q4_1(MatrixQ4_1::pack(columns, inner, &file, |c| c).unwrap());
         for rows in [1, 2, 3, 7, 8, 13, 31] {
-            let x = activations(&mut random, rows, inner);
+            let floats = random.floats(rows * inner, 4.0);
+            let x = quantise_all(Class::detect(), &floats, inner).unwrap();
+            let mut row_major = vec![Block::ZERO; rows * inner / BLOCK];
+            quantise::reference::quantise(&floats, &mut row_major);
             let mut want = vec![0.0; rows * columns];
-            for (x, want) in x.chunks(inner / BLOCK).zip(want.chunks_mut(columns)) {
+            for (x, want) in row_major.chunks(inner / BLOCK).zip(want.chunks_mut(columns)) {
                 reference::multiply(inner, &file, x, want);
             }
             for class in Class::available() {
                 let mut got = vec![0.0; rows * columns];
-                multiply_all(class, &matrix, &x, &mut got).unwrap();
+                multiply_all(class, &matrix, rows, &x, &mut got).unwrap();
                 assert_eq!(bits(&got), bits(&want), "{} {columns}×{inner}×{rows}", class.name());
             }
         }

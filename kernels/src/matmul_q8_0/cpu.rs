@@ -2,7 +2,7 @@
 
 use super::MatrixQ8_0;
 use crate::matmul::Packed;
-use crate::quantise::{BLOCK, Block};
+use crate::quantise::{BLOCK, Block, TILE_ROWS};
 use crate::simd::Simd;
 
 impl Packed for MatrixQ8_0 {
@@ -15,25 +15,31 @@ impl Packed for MatrixQ8_0 {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize>(&self, s: S, group: usize, x: [&[Block]; R]) -> [S::F; R] {
+    fn tile<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        group: usize,
+        x: &[[Block; TILE_ROWS]],
+        first: usize,
+    ) -> [S::F; R] {
         let blocks = self.inner / BLOCK;
         let scales = &self.scales[group * blocks..(group + 1) * blocks];
         let quants = &self.quants[group * blocks..(group + 1) * blocks];
-        let x = x.map(|x| &x[..blocks]);
         let mut sums = [s.splat(0.0); R];
-        for b in 0..blocks {
-            let mut dots: [S::I; R] = std::array::from_fn(|r| s.biased_start(x[r][b].sum));
-            for (l, line) in quants[b].iter().enumerate() {
+        for ((x, scales), lines) in x.iter().zip(scales).zip(quants) {
+            let x: &[Block; R] = x[first..].first_chunk().expect("a part lies within its tile");
+            let mut dots: [S::I; R] = std::array::from_fn(|r| s.biased_start(x[r].sum));
+            for (l, line) in lines.iter().enumerate() {
                 let bytes = s.load_bytes(&line.0);
                 for r in 0..R {
-                    let (fours, _) = x[r][b].values.as_chunks::<4>();
+                    let (fours, _) = x[r].values.as_chunks::<4>();
                     dots[r] = s.dot_biased(dots[r], bytes, fours[l]);
                 }
             }
-            let scale = s.load_f16(&scales[b]);
+            let scale = s.load_f16(scales);
             for r in 0..R {
                 let dot = s.mul(s.to_f32(dots[r]), scale);
-                sums[r] = s.fma(dot, s.splat(x[r][b].scale), sums[r]);
+                sums[r] = s.fma(dot, s.splat(x[r].scale), sums[r]);
             }
         }
         sums

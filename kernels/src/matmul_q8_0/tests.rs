@@ -2,7 +2,7 @@ use half::f16;
 
 use super::{FILE_BLOCK_BYTES, MatrixQ8_0, reference};
 use crate::matmul::{Matrix, multiply_all};
-use crate::quantise::{BLOCK, Block, quantise};
+use crate::quantise::{self, BLOCK, Block, quantise_all};
 use crate::simd::{Class, tests::Random};
 
 fn weights(random: &mut Random, columns: usize, inner: usize) -> Vec<u8> {
@@ -21,16 +21,17 @@ fn every_class_and_every_number_of_rows_gives_the_reference_bits() {
         let file = weights(&mut random, columns, inner);
         let matrix = Matrix::Q8_0(MatrixQ8_0::pack(columns, inner, &file, |c| c).unwrap());
         for rows in [1, 2, 3, 7, 8, 13, 31] {
-            let mut x = vec![Block::ZERO; rows * inner / BLOCK];
             let floats = random.floats(rows * inner, 4.0);
-            quantise(Class::detect(), &floats, &mut x).unwrap();
+            let x = quantise_all(Class::detect(), &floats, inner).unwrap();
+            let mut row_major = vec![Block::ZERO; rows * inner / BLOCK];
+            quantise::reference::quantise(&floats, &mut row_major);
             let mut want = vec![0.0; rows * columns];
-            for (x, want) in x.chunks(inner / BLOCK).zip(want.chunks_mut(columns)) {
+            for (x, want) in row_major.chunks(inner / BLOCK).zip(want.chunks_mut(columns)) {
                 reference::multiply(inner, &file, x, want);
             }
             for class in Class::available() {
                 let mut got = vec![0.0; rows * columns];
-                multiply_all(class, &matrix, &x, &mut got).unwrap();
+                multiply_all(class, &matrix, rows, &x, &mut got).unwrap();
                 let bits = |floats: &[f32]| floats.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&got), bits(&want), "{} {columns}×{inner}×{rows}", class.name());
             }

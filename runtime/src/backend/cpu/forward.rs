@@ -20,7 +20,7 @@ use kernels::disjoint::Disjoint;
 use kernels::matmul::{Matrix, Output};
 use kernels::paged_attention::{self, Item, KvBlocks, Part};
 use kernels::pool::Pool;
-use kernels::quantise::{self, Block};
+use kernels::quantise::{self, Block, tiled_len};
 use kernels::rope::{self, Table};
 use kernels::swiglu::swiglu;
 use kernels::{Class, rmsnorm};
@@ -131,7 +131,7 @@ type Change = [f64; 2];
 #[derive(Default)]
 struct Buffers {
     x: Vec<f32>,           // [T, hidden] residual stream
-    quantised: Vec<Block>, // [list, K / 32] input of the next product
+    quantised: Vec<Block>, // [list / 8, K / 32, 8] input of the next product
     qkv: Vec<f32>,         // [list, query width + 2 · KV width]
     mixed: Vec<f32>,       // [list, query width] attention's result
     gate_up: Vec<f32>,     // [list, 2 · ffn]
@@ -323,7 +323,8 @@ impl Compute {
             b.place[t] = index;
         }
         let row_blocks = hidden / quantise::BLOCK;
-        let quantised = Disjoint::new(grown(&mut b.quantised, listed * row_blocks, Block::ZERO));
+        let tiles = grown(&mut b.quantised, tiled_len(listed, row_blocks), Block::ZERO);
+        let quantised = Disjoint::new(tiles);
         let x = Disjoint::new(&mut b.x[..count * hidden]);
         let changes = Disjoint::new(&mut b.changes);
         let (delta, pending, modes, place) = (&b.delta, &b.pending, &b.modes, &b.place);
@@ -336,12 +337,11 @@ impl Compute {
                 let change = unsafe { changes.range_mut(change) };
                 settle(pending[t], delta, x, change.first_mut());
                 if place[t] != NOWHERE {
-                    let blocks = place[t] * row_blocks..(place[t] + 1) * row_blocks;
-                    // SAFETY: places are distinct.
-                    let blocks = unsafe { quantised.range_mut(blocks) };
                     with_row(hidden, |normed| {
                         rmsnorm::rmsnorm(class, x, norm, epsilon, normed).expect(SHAPES_FIT);
-                        quantise::quantise(class, normed, blocks).expect(SHAPES_FIT);
+                        // SAFETY: places are distinct.
+                        unsafe { quantise::quantise(class, normed, place[t], &quantised) }
+                            .expect(SHAPES_FIT);
                     });
                 }
                 if let Mode::Skip(scale) | Mode::Backfill(scale) = modes[t] {
@@ -384,7 +384,7 @@ impl Compute {
         let b = &mut self.buffers;
 
         let row_blocks = hidden / quantise::BLOCK;
-        let x = &b.quantised[..listed * row_blocks];
+        let x = |rows| (rows, &b.quantised[..tiled_len(rows, row_blocks)]);
         let out = |first_column, buffer| Output { buffer, stride: width, first_column };
         let [q, k, v] = &weights.qkv;
         {
@@ -395,9 +395,9 @@ impl Compute {
                 out(queries + kv, qkv.reborrow()),
             );
             let products = [
-                Product { matrix: q, x: &x[..running * row_blocks], out: &q_out },
-                Product { matrix: k, x, out: &k_out },
-                Product { matrix: v, x, out: &v_out },
+                Product { matrix: q, x: x(running), out: &q_out },
+                Product { matrix: k, x: x(listed), out: &k_out },
+                Product { matrix: v, x: x(listed), out: &v_out },
             ];
             multiply(&mut self.pool, self.class, &products);
         }
@@ -417,12 +417,21 @@ impl Compute {
 
         let b = &mut self.buffers;
         let row_blocks = queries / quantise::BLOCK;
-        let quantised = grown(&mut b.quantised, running * row_blocks, Block::ZERO);
-        quantise_rows(&mut self.pool, self.class, &b.mixed[..running * queries], quantised);
+        let tiles = grown(&mut b.quantised, tiled_len(running, row_blocks), Block::ZERO);
+        {
+            let (tiles, mixed, class) = (Disjoint::new(&mut *tiles), &b.mixed, self.class);
+            self.pool.run(running.div_ceil(TOKENS_PER_ITEM), &|item| {
+                for index in chunk(item, running) {
+                    let row = &mixed[index * queries..(index + 1) * queries];
+                    // SAFETY: the row of `index` belongs to this item alone.
+                    unsafe { quantise::quantise(class, row, index, &tiles) }.expect(SHAPES_FIT);
+                }
+            });
+        }
         let weights = &self.weights.layers[layer];
         let delta = Disjoint::new(grown(&mut b.delta, running * hidden, 0.0));
         let out = Output { buffer: delta, stride: hidden, first_column: 0 };
-        let product = Product { matrix: &weights.attention_output, x: quantised, out: &out };
+        let product = Product { matrix: &weights.attention_output, x: (running, tiles), out: &out };
         multiply(&mut self.pool, self.class, &[product]);
     }
 
@@ -534,7 +543,7 @@ impl Compute {
         let (hidden, ffn, class) = (self.config.hidden, self.config.ffn, self.class);
         let weights: &Layer = &self.weights.layers[layer];
         let b = &mut self.buffers;
-        let x = &b.quantised[..running * hidden / quantise::BLOCK];
+        let x = (running, &b.quantised[..tiled_len(running, hidden / quantise::BLOCK)]);
         {
             let gate_up = Disjoint::new(grown(&mut b.gate_up, running * 2 * ffn, 0.0));
             let out =
@@ -548,21 +557,19 @@ impl Compute {
             multiply(&mut self.pool, class, &products);
         }
         let row_blocks = ffn / quantise::BLOCK;
-        let quantised = grown(&mut b.quantised, running * row_blocks, Block::ZERO);
+        let tiles = grown(&mut b.quantised, tiled_len(running, row_blocks), Block::ZERO);
         {
-            let quantised = Disjoint::new(quantised);
+            let tiles = Disjoint::new(&mut *tiles);
             let gate_up = &b.gate_up;
             self.pool.run(running.div_ceil(TOKENS_PER_ITEM), &|item| {
                 for index in chunk(item, running) {
                     let row = &gate_up[index * 2 * ffn..(index + 1) * 2 * ffn];
                     let (gate, up) = row.split_at(ffn);
-                    // SAFETY: the row of `index` belongs to this item alone.
-                    let blocks = unsafe {
-                        quantised.range_mut(index * row_blocks..(index + 1) * row_blocks)
-                    };
                     with_row(ffn, |gated| {
                         swiglu(class, gate, up, gated).expect(SHAPES_FIT);
-                        quantise::quantise(class, gated, blocks).expect(SHAPES_FIT);
+                        // SAFETY: the row of `index` belongs to this item alone.
+                        unsafe { quantise::quantise(class, gated, index, &tiles) }
+                            .expect(SHAPES_FIT);
                     });
                 }
             });
@@ -572,7 +579,7 @@ impl Compute {
         multiply(
             &mut self.pool,
             class,
-            &[Product { matrix: &weights.down, x: quantised, out: &out }],
+            &[Product { matrix: &weights.down, x: (running, tiles), out: &out }],
         );
     }
 
@@ -586,20 +593,24 @@ impl Compute {
         let head = self.weights.head();
         let b = &mut self.buffers;
         let row_blocks = hidden / quantise::BLOCK;
-        let quantised = grown(&mut b.quantised, sampling.len() * row_blocks, Block::ZERO);
-        for (span, blocks) in sampling.iter().zip(quantised.chunks_exact_mut(row_blocks)) {
-            let last = span.tokens().end - 1;
-            with_row(hidden, |normed| {
-                let x = &b.x[last * hidden..(last + 1) * hidden];
-                let (norm, epsilon) = (&self.weights.output_norm, self.config.norm_epsilon);
-                rmsnorm::rmsnorm(class, x, norm, epsilon, normed).expect(SHAPES_FIT);
-                quantise::quantise(class, normed, blocks).expect(SHAPES_FIT);
-            });
+        let tiles = grown(&mut b.quantised, tiled_len(sampling.len(), row_blocks), Block::ZERO);
+        {
+            let tiles = Disjoint::new(&mut *tiles);
+            for (index, span) in sampling.iter().enumerate() {
+                let last = span.tokens().end - 1;
+                with_row(hidden, |normed| {
+                    let x = &b.x[last * hidden..(last + 1) * hidden];
+                    let (norm, epsilon) = (&self.weights.output_norm, self.config.norm_epsilon);
+                    rmsnorm::rmsnorm(class, x, norm, epsilon, normed).expect(SHAPES_FIT);
+                    // SAFETY: one row after another, on this thread.
+                    unsafe { quantise::quantise(class, normed, index, &tiles) }.expect(SHAPES_FIT);
+                });
+            }
         }
         if !sampling.is_empty() {
             let logits = Disjoint::new(grown(&mut b.logits, sampling.len() * vocab, 0.0));
             let out = Output { buffer: logits, stride: vocab, first_column: 0 };
-            let product = Product { matrix: head, x: quantised, out: &out };
+            let product = Product { matrix: head, x: (sampling.len(), tiles), out: &out };
             multiply(&mut self.pool, class, &[product]);
         }
         let mut drawn: Vec<Option<Sampled>> = vec![None; sampling.len()];
@@ -693,14 +704,15 @@ fn compare(x: &[f32], delta: &[f32]) -> Change {
 
 struct Product<'a> {
     matrix: &'a Matrix,
-    x: &'a [Block],
+    /// Rows, and their tiles.
+    x: (usize, &'a [Block]),
     out: &'a Output<'a>,
 }
 
 /// Computes several products of disjoint outputs in one region, cut by output columns.
 fn multiply(pool: &mut Pool, class: Class, products: &[Product<'_>]) {
     let groups = |product: &Product<'_>| {
-        if product.x.is_empty() { 0 } else { product.matrix.groups() }
+        if product.x.0 == 0 { 0 } else { product.matrix.groups() }
     };
     let total: usize = products.iter().map(groups).sum();
     let per_item = (total / (pool.threads() * ITEMS_PER_THREAD)).max(1);
@@ -710,26 +722,13 @@ fn multiply(pool: &mut Pool, class: Class, products: &[Product<'_>]) {
             if item < items(product) {
                 let groups = item * per_item..groups(product).min((item + 1) * per_item);
                 // SAFETY: products write different columns or buffers, items different groups.
-                unsafe { product.matrix.multiply(class, groups, product.x, product.out) }
-                    .expect(SHAPES_FIT);
+                unsafe {
+                    product.matrix.multiply(class, groups, product.x.0, product.x.1, product.out)
+                }
+                .expect(SHAPES_FIT);
                 return;
             }
             item -= items(product);
         }
-    });
-}
-
-/// Quantises rows of floats, several rows an item.
-fn quantise_rows(pool: &mut Pool, class: Class, rows: &[f32], blocks: &mut [Block]) {
-    // Cut by blocks, which are independent; 18 to 48 make a row.
-    const BLOCKS_PER_ITEM: usize = 256;
-    let count = blocks.len();
-    let blocks = Disjoint::new(blocks);
-    pool.run(count.div_ceil(BLOCKS_PER_ITEM), &|item| {
-        let range = item * BLOCKS_PER_ITEM..count.min((item + 1) * BLOCKS_PER_ITEM);
-        let floats = &rows[range.start * quantise::BLOCK..range.end * quantise::BLOCK];
-        // SAFETY: each range is one item.
-        let blocks = unsafe { blocks.range_mut(range) };
-        quantise::quantise(class, floats, blocks).expect(SHAPES_FIT);
     });
 }

@@ -52,6 +52,11 @@ pub fn numerics_tag() -> u64 {
     u64::from_le_bytes(first.try_into().expect("eight bytes"))
 }
 
+/// Name of the instruction class that the kernels run with on this CPU.
+pub fn instruction_class() -> &'static str {
+    Class::detect().name()
+}
+
 /// Settings of the backend.
 #[derive(Debug, Clone, Copy)]
 pub struct CpuOptions {

@@ -287,7 +287,6 @@ fn layer_0_computes_before_the_last_layer_has_arrived() {
     let at = |event: &str| order.iter().position(|e| e == event).unwrap();
     assert!(at("compute 0") < at("load 2"), "{order:?}");
     assert!(at("load 2") < at("compute 2"), "{order:?}");
-    assert!(got.load_wait > Duration::ZERO);
 }
 
 #[test]
