@@ -253,6 +253,10 @@ impl Sequence {
                     (set.clone(), u32::MAX)
                 }
                 Extras::From { position, .. } => (sets.decode.clone(), *position),
+                // What was measured before a preemption is computed again without; the next token, alone.
+                Extras::Learning { measured, .. } if self.computed < self.prompt_len + measured => {
+                    (sets.decode.clone(), self.prompt_len + measured)
+                }
                 Extras::Off | Extras::Learning { .. } => (sets.decode.clone(), u32::MAX),
             }
         };

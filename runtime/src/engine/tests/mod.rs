@@ -2,6 +2,7 @@
 
 mod backend;
 mod daemon;
+mod on_cpu;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -26,8 +27,12 @@ struct Rig {
     daemon: Arc<Mutex<Daemon>>,
     knobs: Arc<Mutex<Knobs>>,
     clock: Arc<AtomicU64>,
+    doorbell: Doorbell,
+    /// Longest wait for a backend that has threads of its own.
+    patience: Duration,
 }
 
+#[derive(Debug, Clone)]
 struct RigConfig {
     blocks: u32,
     sequences_max: usize,
@@ -37,27 +42,39 @@ struct RigConfig {
 }
 
 impl RigConfig {
+    /// Over the toy model.
     fn rig(self) -> Rig {
         let knobs = Arc::new(Mutex::new(Knobs::default()));
         let clock = Arc::new(AtomicU64::new(0));
-        let mut backend = ToyBackend::new(self.blocks, knobs.clone(), clock.clone());
-        let doorbell = Doorbell::new();
+        let backend = ToyBackend::new(self.blocks, knobs.clone(), clock.clone());
+        let rig = self.over(Box::new(backend), VOCABULARY, Doorbell::new(), knobs.clone(), clock);
+        *knobs.lock().unwrap() = Knobs::default();
+        rig
+    }
+
+    fn over(
+        self,
+        mut backend: Box<dyn Backend>,
+        vocabulary: u32,
+        doorbell: Doorbell,
+        knobs: Arc<Mutex<Knobs>>,
+        clock: Arc<AtomicU64>,
+    ) -> Rig {
         let config = EngineConfig {
             context_max: 4096,
-            vocabulary: VOCABULARY,
+            vocabulary,
             end_tokens: Arc::from([0]),
             sequences_max: self.sequences_max,
             step_tokens_max: self.step_tokens_max,
             waiting_max: 64,
             skip: self.skip,
-            calibration: (0..30).map(|token| token % VOCABULARY).collect(),
+            calibration: (0..30).map(|token| token % vocabulary).collect(),
             fingerprint: [7; 32],
             numerics_tag: 1,
             cache_socket: None,
         };
-        let sets =
-            learn::skip_sets(&config.skip, &config.calibration, 4096, 64, &mut backend, &doorbell)
-                .unwrap();
+        let (skip, text) = (&config.skip, &config.calibration);
+        let sets = learn::skip_sets(skip, text, 4096, 64, backend.as_mut(), &doorbell).unwrap();
         let frame_bytes = backend.geometry().row_bytes() * sets.present_layers.len();
         let daemon = Arc::new(Mutex::new(Daemon::new(frame_bytes)));
         let cache = self.cached.then(|| ToyCache::new(daemon.clone()));
@@ -66,10 +83,8 @@ impl RigConfig {
         let clock_of_engine: Clock =
             Box::new(move || Duration::from_nanos(time.load(Ordering::Relaxed)));
         let (handle, engine) =
-            build(config, Box::new(backend), cache, sets, &doorbell, stats, clock_of_engine)
-                .unwrap();
-        *knobs.lock().unwrap() = Knobs::default();
-        Rig { engine, handle, daemon, knobs, clock }
+            build(config, backend, cache, sets, &doorbell, stats, clock_of_engine).unwrap();
+        Rig { engine, handle, daemon, knobs, clock, doorbell, patience: Duration::ZERO }
     }
 }
 
@@ -153,8 +168,11 @@ impl Rig {
 
     /// One turn of the loop; a millisecond passes.
     fn step(&mut self) {
-        self.engine.step();
+        let again = self.engine.step();
         self.engine.state.pool.self_check();
+        if !again && !self.is_idle() {
+            self.doorbell.wait(self.patience);
+        }
         self.clock.fetch_add(1_000_000, Ordering::Relaxed);
     }
 
