@@ -286,8 +286,9 @@ fn read_header(map: &[u8]) -> Result<Header, Problem> {
     }
     let header = &map[..map.len().min(HEADER_BYTES_MAX)];
     refuse_zero_alignment(header)?;
-    let content = Content::read(&mut std::io::Cursor::new(header))
-        .map_err(|error| Problem::Damaged(format!("its header does not parse ({error})")))?;
+    let content = Content::read(&mut std::io::Cursor::new(header)).map_err(|error| {
+        Problem::Damaged(format!("its header does not parse ({})", brief(&error)))
+    })?;
     let data_start = usize::try_from(content.tensor_data_offset).unwrap_or(usize::MAX);
     let mut tensors = BTreeMap::new();
     for (name, info) in content.tensor_infos {
@@ -314,6 +315,11 @@ fn read_header(map: &[u8]) -> Result<Header, Problem> {
         tensors.insert(name, Entry { dtype: info.ggml_dtype, shape, bytes });
     }
     Ok((Metadata(content.metadata.into_iter().collect()), tensors))
+}
+
+/// The first line: candle appends a backtrace where one is asked for.
+fn brief(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// candle divides by `general.alignment`; a file that says 0 must not get that far.

@@ -30,6 +30,16 @@ fn model() -> Model {
 }
 
 impl Harness {
+    /// The real model, with room for one long prompt.
+    fn smollm2(path: &std::path::Path) -> Self {
+        let (ring, rung) = channel();
+        let ring = Mutex::new(ring);
+        let wake = Arc::new(move || ring.lock().unwrap().send(()).unwrap_or(()));
+        let options = CpuOptions { threads: 0, device_bytes: 64 << 20, tokens_per_block: 64 };
+        let backend = CpuBackend::new(&Model::open(path).unwrap(), options, wake).unwrap();
+        Self { backend, rung }
+    }
+
     fn new(threads: usize) -> Self {
         Self::with_probe(threads, Arc::new(NoProbe))
     }
@@ -421,4 +431,81 @@ fn a_pool_without_room_for_one_block_is_refused() {
     let options = CpuOptions { tokens_per_block: 10, device_bytes: 1 << 20, ..options };
     let refused = CpuBackend::new(&model(), options, Arc::new(|| ())).err().unwrap();
     assert!(matches!(refused, CpuBackendError::TokensPerBlock { tokens_per_block: 10 }));
+}
+
+/// SmolLM2's file, or `None` where there is none. On CI its absence is a failure: this test is the
+/// proof that our numbers are right.
+fn smollm2() -> Option<std::path::PathBuf> {
+    let cache = || {
+        let home = std::path::PathBuf::from(std::env::var_os("HOME").unwrap_or_default());
+        std::env::var_os("COLLOQUY_CACHE")
+            .map_or_else(|| home.join(".cache/colloquy"), std::path::PathBuf::from)
+            .join("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    };
+    let path = std::env::var_os("COLLOQUY_MODEL").map_or_else(cache, std::path::PathBuf::from);
+    let on_ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
+    assert!(path.is_file() || !on_ci, "no model at {}: run `make weights`", path.display());
+    path.is_file().then_some(path)
+}
+
+/// Largest difference of a log-probability from llama.cpp's. Both quantise activations to eight
+/// bits, we with f32 scales and f16 KV, they with f16 scales and f32 KV: scales differ by 2^-11, so
+/// that one activation in some hundreds rounds to the neighbouring step (1 / 127 of its block's
+/// largest), in each of 210 products one after another.
+const GOLDEN_TOLERANCE: f32 = 0.35;
+
+/// A token of llama.cpp's greedy reply must be ours when it leads by more than both errors together.
+const GOLDEN_LEAD: f32 = 2.0 * GOLDEN_TOLERANCE;
+
+#[test]
+fn logits_agree_with_llama_cpp() {
+    let Some(model) = smollm2() else {
+        eprintln!("skipped: no model (`make weights` fetches it)");
+        return;
+    };
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/logits.json");
+    let golden: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
+    let mut harness = Harness::smollm2(&model);
+    let blocks = harness.backend.geometry().block_count;
+    let layers = usize::from(harness.backend.geometry().layers);
+    let (mut compared, mut squares, mut worst) = (0_u32, 0.0_f32, 0.0_f32);
+    for entry in golden["entries"].as_array().unwrap() {
+        let name = &entry["name"];
+        let tokens: Vec<u32> = serde_json::from_value(entry["token_ids"].clone()).unwrap();
+        let top: Vec<(u32, f32)> = serde_json::from_value(entry["top"].clone()).unwrap();
+        let mut prompt = row(1, tokens, 0..blocks);
+        prompt.skip = Arc::new(SkipSet::none(layers));
+        prompt.sampling.as_mut().unwrap().logprobs = Some(u8::MAX);
+        let mut next = prompt.clone();
+        let mut output = None;
+        for chunk in prompt.tokens.chunks(512) {
+            next.tokens = chunk.to_vec();
+            output = harness.run(vec![next.clone()]).rows.pop();
+            next.position += chunk.len() as u32;
+        }
+        let alternatives = &output.as_ref().unwrap().alternatives;
+        for (token, want) in top {
+            let got = alternatives.iter().find(|alternative| alternative.token == token);
+            let got = got.unwrap_or_else(|| panic!("{name}: {token} is not among our likeliest"));
+            let difference = (got.logprob - want).abs();
+            assert!(difference <= GOLDEN_TOLERANCE, "{name}: {token} {} {want}", got.logprob);
+            (compared, squares) = (compared + 1, squares + difference * difference);
+            worst = worst.max(difference);
+        }
+        for step in entry["greedy"].as_array().unwrap() {
+            let token = step["token"].as_u64().unwrap() as u32;
+            let ours = output.unwrap().token.unwrap().token;
+            let lead = step["lead"].as_f64().unwrap() as f32;
+            assert!(
+                ours == token || lead <= GOLDEN_LEAD,
+                "{name}: {ours}, {token} leads by {lead}"
+            );
+            next.tokens = vec![token];
+            output = harness.run(vec![next.clone()]).rows.pop();
+            next.position += 1;
+        }
+    }
+    let rms = (squares / compared as f32).sqrt();
+    println!("{compared} log-probabilities: root mean square difference {rms}, largest {worst}");
 }
