@@ -3,12 +3,14 @@
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod};
 use kube::ResourceExt;
 
-use crate::desired::pod::RUNTIME;
+use crate::desired::pod::{CACHE_DAEMON, RUNTIME};
 
 /// Exit code of a program that refuses its settings.
 const EXIT_CONFIGURATION: i32 = 64;
 /// Exit code of a runtime that refuses its model file.
 const EXIT_MODEL_FILE: i32 = 65;
+/// Exit code of a cache daemon whose disk refuses to be read or written.
+const EXIT_DISK: i32 = 74;
 /// Longest part of a container's last words that goes into a condition.
 const LAST_WORDS_MAX: usize = 400;
 
@@ -19,6 +21,8 @@ pub enum Trouble {
     ModelFileInvalid,
     /// A program refuses its settings: the spec must change.
     ConfigurationRefused,
+    /// The disk of the cache cannot be used, or another daemon holds it.
+    DiskFailed,
     /// An image cannot be had.
     ImageMissing,
     /// A container was killed because its memory limit was reached.
@@ -39,6 +43,7 @@ impl Trouble {
         match self {
             Self::ModelFileInvalid => "ModelFileInvalid",
             Self::ConfigurationRefused => "ConfigurationRefused",
+            Self::DiskFailed => "DiskFailed",
             Self::ImageMissing => "ImageMissing",
             Self::OutOfMemory => "OutOfMemory",
             Self::CrashLooping => "CrashLooping",
@@ -200,6 +205,7 @@ fn trouble_of_end(container: &ContainerStatus, ended: &ContainerStateTerminated)
     match ended.exit_code {
         EXIT_CONFIGURATION => Trouble::ConfigurationRefused,
         EXIT_MODEL_FILE if container.name == RUNTIME => Trouble::ModelFileInvalid,
+        EXIT_DISK if container.name == CACHE_DAEMON => Trouble::DiskFailed,
         _ if ended.reason.as_deref() == Some("OOMKilled") => Trouble::OutOfMemory,
         _ => Trouble::CrashLooping,
     }
@@ -267,6 +273,8 @@ mod tests {
             ("runtime", "CrashLoopBackOff", Some(64), Trouble::ConfigurationRefused),
             ("cache-daemon", "CrashLoopBackOff", Some(64), Trouble::ConfigurationRefused),
             ("cache-daemon", "CrashLoopBackOff", Some(65), Trouble::CrashLooping),
+            ("cache-daemon", "CrashLoopBackOff", Some(74), Trouble::DiskFailed),
+            ("runtime", "CrashLoopBackOff", Some(74), Trouble::CrashLooping),
             ("runtime", "CrashLoopBackOff", Some(70), Trouble::CrashLooping),
             ("runtime", "ImagePullBackOff", None, Trouble::ImageMissing),
             ("runtime", "ErrImageNeverPull", None, Trouble::ImageMissing),
