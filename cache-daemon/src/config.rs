@@ -83,7 +83,7 @@ impl TryFrom<Flags> for Config {
     type Error = ConfigError;
 
     fn try_from(flags: Flags) -> Result<Self, ConfigError> {
-        let min = kv_protocol::layout::FRAME_TABLE_AT + (1 << 20);
+        let min = kv_protocol::layout::FRAME_TABLE_AT + (64 << 10); // Some frame of some model.
         let host_bytes = flags.host_bytes / 4096 * 4096;
         if !(min..=HOST_BYTES_MAX).contains(&host_bytes) {
             let (flag, value, max) = ("--host-bytes", flags.host_bytes, HOST_BYTES_MAX);

@@ -206,7 +206,7 @@ impl Directory {
                     parent = *key;
                     continue;
                 }
-                None => chain.miss = Some(self.why_gone(key, &parent)),
+                None => chain.miss = Some(self.why_gone(key, &parent, list)),
             }
             break;
         }
@@ -240,10 +240,12 @@ impl Directory {
         chain
     }
 
-    fn why_gone(&self, key: &BlockKey, parent: &BlockKey) -> MissReason {
+    fn why_gone(&self, key: &BlockKey, parent: &BlockKey, list: &KeyList) -> MissReason {
+        // Under the root every other conversation is a sibling: that is no divergence.
+        let has_siblings = *parent != list.root.as_parent() && self.children.contains_key(parent);
         match self.gone.get(&key.short()) {
             Some(reason) => *reason,
-            None if self.children.contains_key(parent) => MissReason::Diverged,
+            None if has_siblings => MissReason::Diverged,
             None => MissReason::NeverStored,
         }
     }

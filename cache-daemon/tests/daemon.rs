@@ -171,6 +171,7 @@ fn with_room_for_one_of_three_conversations_hints_bring_them_back_in_time() {
             let before = daemon.status_u64("/promotes_by_hint");
             let sequence = driver.enqueue(tokens, 0);
             until("the hinted blocks are here", || {
+                let _ = driver.client.poll(); // An engine polls all the time: pins go back by it.
                 let status = daemon.status();
                 let hinted = status.pointer("/promotes_by_hint")?.as_u64()?;
                 (hinted > before && status.pointer("/frames/filling")?.as_u64()? <= 3).then_some(())
@@ -265,8 +266,7 @@ fn region_of(daemon: &Daemon) -> kv_protocol::table::RegionView {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         target.to_string_lossy().contains("memfd:colloquy-kv")
     });
-    let file =
-        std::fs::File::options().read(true).write(true).open(memfd.unwrap().path()).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(memfd.unwrap().path()).unwrap();
     kv_protocol::table::RegionView::new(cache_daemon::shm::map::map(&file.into()).unwrap())
 }
 

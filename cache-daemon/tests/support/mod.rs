@@ -81,8 +81,12 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .expect("the daemon starts");
-        let daemon = Self { supervisor, socket, http };
-        until("the daemon answers", || daemon.try_get("/started"));
+        let mut daemon = Self { supervisor, socket, http };
+        until("the daemon answers", || {
+            let ended = daemon.supervisor.try_wait().expect("our own child");
+            assert!(ended.is_none(), "the daemon ended: {ended:?}");
+            daemon.try_get("/started")
+        });
         daemon
     }
 
@@ -373,7 +377,9 @@ impl Driver {
         let start = block.index as usize * tokens_per_block;
         let parent = match start {
             0 => self.root.as_parent(),
-            _ => self.root.chain(&tokens[..start], tokens_per_block as u16)[block.index as usize - 1],
+            _ => {
+                self.root.chain(&tokens[..start], tokens_per_block as u16)[block.index as usize - 1]
+            }
         };
         let key = BlockKey::child(&parent, &tokens[start..start + block.tokens as usize]);
         if block.tokens as usize == tokens_per_block {

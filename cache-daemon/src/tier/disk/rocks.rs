@@ -143,12 +143,13 @@ impl DiskTier for RocksTier {
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
-        let mut corrupt = WriteBatch::default();
+        let (mut corrupt, mut count) = (WriteBatch::default(), 0);
         for entry in self.db.iterator_cf(self.family(INDEX), IteratorMode::Start) {
             let (key, value) = entry.map_err(self.error("reading the index"))?;
             match decode_entry(&key, &value) {
                 Some(stored) => block(stored),
                 None => {
+                    count += 1;
                     corrupt.delete_cf(self.family(INDEX), &key);
                     corrupt.delete_cf(self.family(PAYLOAD), &key);
                 }
@@ -162,10 +163,12 @@ impl DiskTier for RocksTier {
                     updated_ms,
                     bytes: record.len() as u64,
                 }),
-                _ => corrupt.delete_cf(self.family(CONVERSATION), &key),
+                _ => {
+                    count += 1;
+                    corrupt.delete_cf(self.family(CONVERSATION), &key);
+                }
             }
         }
-        let count = corrupt.len() as u64;
         if count > 0 {
             self.apply("removing corrupt entries", corrupt)?;
         }
