@@ -37,6 +37,7 @@ fn main() -> ExitCode {
 
 /// Says why in one sentence, whatever the log's form and filter are.
 fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
-    eprintln!("runtime: {error}");
+    let sentence = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    eprintln!("runtime: {sentence}");
     ExitCode::from(code)
 }

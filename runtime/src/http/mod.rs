@@ -45,6 +45,8 @@ use openai::{Answer, Api, NAME_BYTES_MAX, ReplyRequest};
 
 /// Bytes of a request's body: 128 k tokens of text, each character escaped, with room to spare.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// Bytes of an oversized body that are read and dropped, so that its client hears why it was refused.
+const DRAIN_BYTES_MAX: usize = 8 * BODY_BYTES_MAX;
 /// A body comes within this time, or its connection is not worth keeping.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The engine clears its pool between two steps.
@@ -277,23 +279,33 @@ async fn reply(
 
 /// Reads a body within its bounds of size and time.
 async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
-    let too_large = || ApiError::body_too_large(BODY_BYTES_MAX);
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > BODY_BYTES_MAX as u64) {
-        return Err(too_large());
+    if announced.is_some_and(|length| length > BODY_BYTES_MAX as u64)
+        && headers.contains_key(header::EXPECT)
+    {
+        return Err(ApiError::body_too_large(BODY_BYTES_MAX)); // The client asked before it sends.
     }
     let gather = async {
         let mut parts = body.into_data_stream();
-        let mut bytes = Vec::new();
+        let (mut bytes, mut length) = (Vec::new(), 0);
         while let Some(part) = parts.next().await {
-            let part =
-                part.map_err(|error| ApiError::invalid(format!("the body broke off: {error}")))?;
-            if bytes.len() + part.len() > BODY_BYTES_MAX {
-                return Err(too_large());
+            let part = part
+                .map_err(|error| ApiError::invalid(format!("the body broke off: {error}")))?;
+            length += part.len();
+            if length <= BODY_BYTES_MAX {
+                bytes.extend_from_slice(&part);
+            } else if length <= DRAIN_BYTES_MAX {
+                // Read to its end all the same: a client that is still sending when the connection
+                // closes sees a broken pipe and never our answer.
+                bytes = Vec::new();
+            } else {
+                break;
             }
-            bytes.extend_from_slice(&part);
+        }
+        if length > BODY_BYTES_MAX {
+            return Err(ApiError::body_too_large(BODY_BYTES_MAX));
         }
         Ok(Bytes::from(bytes))
     };
