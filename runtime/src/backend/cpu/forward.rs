@@ -405,14 +405,16 @@ impl Compute {
         for gate in &work.saves {
             gate.wait(layer, waited);
         }
-        self.rotate_and_store(layer, spans, running, listed);
+        // Before the row's own K and V are stored, not only before they are read: a tail that is being
+        // loaded shares its block with the first new tokens.
         for (span, waits) in spans.iter_mut().zip(&work.waits) {
-            if span.attention_mode(layer) == Mode::Run {
+            if matches!(span.attention_mode(layer), Mode::Run | Mode::Backfill(_)) {
                 let failed =
                     |(_, gate): &&(LoadId, Arc<Gate>)| gate.wait(layer, waited) == Arrival::Failed;
                 span.failed = waits.iter().find(failed).map(|(id, _)| *id);
             }
         }
+        self.rotate_and_store(layer, spans, running, listed);
         self.mix(layer, spans, running);
 
         let b = &mut self.buffers;

@@ -106,6 +106,13 @@ impl Daemon {
         self.blocks.len()
     }
 
+    /// Checksums of the full blocks, by key.
+    pub fn checksums(&self, tokens_per_block: u16) -> HashMap<BlockKey, Arc<[u32]>> {
+        let full = |stored: &&Stored| stored.tokens.len() == usize::from(tokens_per_block);
+        let blocks = self.blocks.iter().filter(|(_, stored)| full(stored));
+        blocks.map(|(key, stored)| (*key, stored.checksums.clone())).collect()
+    }
+
     pub fn variants(&self) -> Vec<Variant> {
         self.blocks.values().map(|stored| stored.variant).collect()
     }

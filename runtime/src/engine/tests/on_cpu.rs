@@ -116,6 +116,27 @@ fn four_turns_from_device_host_and_disk_read_as_they_do_cold() {
 }
 
 #[test]
+fn a_block_holds_the_same_bytes_however_its_tokens_were_computed() {
+    let mut turns = rig(RigConfig { step_tokens_max: 64, ..roomy() });
+    let mut tokens = prompt(1, 70);
+    for turn in 0..4_u32 {
+        let reply = ask(&mut turns, &tokens, 13);
+        tokens = next_turn(&tokens, &reply.tokens, &prompt(turn, 9 + turn));
+    }
+    let by_turns = turns.daemon().checksums(TOKENS_PER_BLOCK);
+    for step_tokens_max in [8, 9, 16, 50, 300] {
+        let mut at_once = rig(RigConfig { step_tokens_max, ..roomy() });
+        ask(&mut at_once, &tokens, 1);
+        let at_once = at_once.daemon().checksums(TOKENS_PER_BLOCK);
+        assert!(by_turns.len() >= 7, "{} blocks", by_turns.len());
+        for (key, checksums) in &by_turns {
+            let same = &at_once[key];
+            assert_eq!(same, checksums, "block {key}, {step_tokens_max} tokens a step");
+        }
+    }
+}
+
+#[test]
 fn the_same_prompt_gives_the_same_tokens_again_and_again() {
     let tokens = prompt(1, 150);
     let first = cold(SkipConfig::OFF, &tokens, 40);
