@@ -23,6 +23,7 @@ const WAITING_MAX: usize = 1 << 16;
 /// The command line; each flag can also be given as the environment variable that `--help` names.
 #[derive(Debug, Clone, Parser)]
 #[command(
+    args_override_self = true, // The last of two wins, so that a default line can be amended.
     name = "runtime",
     version,
     about = "Colloquy's inference server: the OpenAI API over one model"

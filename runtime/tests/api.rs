@@ -18,7 +18,11 @@ fn each_bad_request_gets_its_status_and_an_error_object() {
     let raw = |body: &[u8]| runtime.post_bytes("/v1/chat/completions", &[], body);
     let named = |name: &str| {
         let headers = [("X-Conversation-Id", name)];
-        runtime.post_bytes("/v1/chat/completions", &headers, ask("hi", json!({})).to_string().as_bytes())
+        runtime.post_bytes(
+            "/v1/chat/completions",
+            &headers,
+            ask("hi", json!({})).to_string().as_bytes(),
+        )
     };
     let long = "a ".repeat(5000);
     let huge = "a ".repeat(4 << 20);
@@ -67,14 +71,34 @@ fn each_bad_request_gets_its_status_and_an_error_object() {
             400,
             Value::Null,
         ),
-        ("empty prompt", runtime.post("/v1/completions", &json!({ "prompt": "" })), 400, Value::Null),
+        (
+            "empty prompt",
+            runtime.post("/v1/completions", &json!({ "prompt": "" })),
+            400,
+            Value::Null,
+        ),
         ("long name", named(&"x".repeat(300)), 400, Value::Null),
         ("method", runtime.get("/v1/chat/completions"), 405, json!("method_not_allowed")),
         ("path", runtime.get("/v2/chat"), 404, json!("unknown_url")),
-        ("closed admin", runtime.post("/admin/device-cache/clear", &json!({})), 404, json!("unknown_url")),
+        (
+            "closed admin",
+            runtime.post("/admin/device-cache/clear", &json!({})),
+            404,
+            json!("unknown_url"),
+        ),
         ("model", runtime.get("/v1/models/other"), 404, json!("model_not_found")),
-        ("detokenize", runtime.post("/detokenize", &json!({ "tokens": [100_000] })), 400, Value::Null),
-        ("tokenize", runtime.post("/tokenize", &json!({ "text": "x" })), 400, json!("unknown_field")),
+        (
+            "detokenize",
+            runtime.post("/detokenize", &json!({ "tokens": [100_000] })),
+            400,
+            Value::Null,
+        ),
+        (
+            "tokenize",
+            runtime.post("/tokenize", &json!({ "text": "x" })),
+            400,
+            json!("unknown_field"),
+        ),
     ];
     for (name, answer, status, code) in cases {
         assert_eq!(answer.status, status, "{name}: {}", answer.text);
@@ -96,13 +120,18 @@ fn the_small_endpoints_answer() {
     assert_eq!(runtime.get("/version").ok()["version"], env!("CARGO_PKG_VERSION"));
     let text = "the naïve <|im_end|> 日本";
     let tokens = runtime.post("/tokenize", &json!({ "prompt": text })).ok();
-    assert_eq!(tokens["count"].as_u64().unwrap() as usize, tokens["tokens"].as_array().unwrap().len());
+    assert_eq!(
+        tokens["count"].as_u64().unwrap() as usize,
+        tokens["tokens"].as_array().unwrap().len()
+    );
     let back = runtime.post("/detokenize", &json!({ "tokens": tokens["tokens"] })).ok();
     assert_eq!(back["prompt"], text);
     runtime.chat(&ask("hi", json!({ "max_tokens": 2 })));
     assert!(runtime.post("/admin/device-cache/clear", &json!({})).ok()["blocks_cleared"].is_u64());
     let metrics = runtime.get("/metrics").text;
-    for name in ["time_to_first_token_seconds_bucket", "num_requests_waiting", "prompt_tokens_total"] {
+    for name in
+        ["time_to_first_token_seconds_bucket", "num_requests_waiting", "prompt_tokens_total"]
+    {
         assert!(metrics.contains(&format!("colloquy_runtime_{name}")), "{name}");
     }
     assert!(metrics.contains("model_name=\"test-model\""));
@@ -124,7 +153,8 @@ fn a_user_cannot_speak_as_the_system() {
 /// Text and reports of a stream, put together again.
 fn joined(events: &[Value]) -> (String, Vec<Value>, Value) {
     let choices = || events.iter().flat_map(|event| event["choices"].as_array().unwrap());
-    let text = choices().filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str())).collect();
+    let text =
+        choices().filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str())).collect();
     let reports = choices().filter_map(|c| c["logprobs"]["content"].as_array()).flatten();
     let reason = choices().last().unwrap()["finish_reason"].clone();
     (text, reports.cloned().collect(), reason)
@@ -155,7 +185,8 @@ fn a_stream_says_what_the_whole_answer_says() {
         let (streamed, reports, reason) = joined(&events);
         assert_eq!(streamed, content(&whole), "{text}");
         assert_eq!(reason, whole["choices"][0]["finish_reason"], "{text}");
-        let all = whole["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+        let all =
+            whole["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default();
         assert_eq!(reports, all, "{text}");
     }
 }
@@ -234,7 +265,8 @@ fn a_named_conversation_goes_on_from_its_sampled_ids() {
     let mut messages = vec![json!({ "role": "user", "content": "tell me" })];
     let mut expected_prompt = None;
     for turn in 0..4 {
-        let body = json!({ "messages": messages, "seed": turn, "max_tokens": 90, "ignore_eos": true });
+        let body =
+            json!({ "messages": messages, "seed": turn, "max_tokens": 90, "ignore_eos": true });
         let answer = runtime.turn("conversation 1", &body);
         let usage = &answer["usage"];
         let prompt = usage["prompt_tokens"].as_u64().unwrap();
@@ -311,7 +343,8 @@ fn on_sigterm_a_stream_is_finished_and_the_exit_code_is_0() {
     let stream = open_stream(&runtime, &body);
     runtime.terminate();
     let lines: Vec<String> = stream.lines().map_while(Result::ok).collect();
-    let end: Vec<_> = lines.iter().filter(|line| line.starts_with("data: ")).rev().take(2).collect();
+    let end: Vec<_> =
+        lines.iter().filter(|line| line.starts_with("data: ")).rev().take(2).collect();
     assert_eq!(end[0], "data: [DONE]");
     assert!(end[1].contains("\"finish_reason\":\"length\""), "{}", end[1]);
     assert_eq!(runtime.wait().code(), Some(0));

@@ -9,8 +9,11 @@ use common::{program, tiny_model};
 
 /// Exit code and what was said on stderr.
 fn run(model: &Path, flags: &[&str]) -> (Option<i32>, String) {
-    let output =
-        program(model).args(["--http", "127.0.0.1:0"]).args(flags).output().expect("the program starts");
+    let output = program(model)
+        .args(["--http", "127.0.0.1:0"])
+        .args(flags)
+        .output()
+        .expect("the program starts");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -62,7 +65,8 @@ fn no_model_and_two_models_are_exit_code_65() {
 fn an_unknown_pre_tokenizer_is_refused_by_name() {
     let (folder, path) = tiny_model();
     let mut bytes = fs::read(&path).unwrap();
-    let at = bytes.windows(6).position(|window| window == b"smollm").expect("the name is in the file");
+    let at =
+        bytes.windows(6).position(|window| window == b"smollm").expect("the name is in the file");
     bytes[at..at + 6].copy_from_slice(b"marble");
     let file = folder.path().join("other.gguf");
     fs::write(&file, bytes).unwrap();
