@@ -8,6 +8,7 @@
 
 mod compute;
 mod peer;
+mod ttft;
 
 use std::path::{Path, PathBuf};
 
@@ -16,11 +17,14 @@ use serde_json::json;
 
 use compute::Compute;
 use peer::Peer;
+use ttft::Ttft;
 
 /// Left by `bench/peer.sh` when the peer is complete.
 const PEER_STAMP: &str = "peer/built-0.3.36";
 /// Rounds a figure.
 const ROUNDS: usize = 7;
+/// Rounds of the time to first token: three turns of 1,550 tokens and a restart each.
+const TTFT_ROUNDS: usize = 5;
 /// Threads on both sides.
 const THREADS: usize = 2;
 /// Tokens of the prefill figures.
@@ -93,9 +97,12 @@ fn main() -> anyhow::Result<()> {
         None
     };
 
+    // A quick look while working on something: fewer rounds.
+    let rounds_wanted = std::env::var("COLLOQUY_BENCH_ROUNDS").ok();
+    let rounds_wanted = rounds_wanted.map_or(Ok(ROUNDS), |rounds| rounds.parse())?;
     let mut rounds = Rounds::default();
     ours.prefill(PREFILL_TOKENS)?; // Warm: pages, buffers, clocks.
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds_wanted {
         rounds.prefill.push(ours.prefill(PREFILL_TOKENS)?);
         rounds.decode_1.push(ours.decode(1, DECODE_CONTEXT, DECODE_STEPS)?);
         rounds.decode_8.push(ours.decode(8, DECODE_CONTEXT, DECODE_STEPS)?);
@@ -105,11 +112,16 @@ fn main() -> anyhow::Result<()> {
         }
     }
     drop(peer);
-    report(&rounds)?;
-    Ok(())
+    drop(ours);
+    report(&rounds);
+    let programs = std::env::current_exe()?;
+    let programs = programs.parent().context("a program lies in a folder")?;
+    let ttft = ttft::measure(programs, &path, THREADS, vocab, TTFT_ROUNDS.min(rounds_wanted))?;
+    report_ttft(&ttft);
+    write_raw(&rounds, &ttft)
 }
 
-fn report(rounds: &Rounds) -> anyhow::Result<()> {
+fn report(rounds: &Rounds) {
     let [prefill, decode_1, decode_8] =
         [&rounds.prefill, &rounds.decode_1, &rounds.decode_8].map(|values| median(values));
     figure("prefill_512", prefill, "tokens/s");
@@ -124,25 +136,36 @@ fn report(rounds: &Rounds) -> anyhow::Result<()> {
         figure("prefill_512_vs_llama_cpp", prefill / peer_prefill, "ratio");
         figure("decode_vs_llama_cpp", decode_1 / peer_decode, "ratio");
     }
+}
+
+fn report_ttft(ttft: &Ttft) {
+    let [cold, host, disk] = [&ttft.cold, &ttft.host, &ttft.disk].map(|values| median(values));
+    figure("ttft_cold", cold, "s");
+    figure("ttft_host", host, "s");
+    figure("ttft_disk", disk, "s");
+    figure("ttft_host_vs_cold", host / cold, "ratio");
+    figure("ttft_disk_vs_cold", disk / cold, "ratio");
+}
+
+fn write_raw(rounds: &Rounds, ttft: &Ttft) -> anyhow::Result<()> {
     let results = repository().join("bench/results");
     std::fs::create_dir_all(&results)?;
     let raw = json!({
         "threads": THREADS,
-        "class": kernels_class(),
+        "class": runtime::backend::cpu::instruction_class(),
         "cpu": cpu_name(),
         "prefill_512_tokens_per_second": rounds.prefill,
         "decode_batch1_tokens_per_second": rounds.decode_1,
         "decode_batch8_tokens_per_second": rounds.decode_8,
         "llama_cpp_prefill_512_tokens_per_second": rounds.peer_prefill,
         "llama_cpp_decode_tokens_per_second": rounds.peer_decode,
+        "ttft_cold_seconds": ttft.cold,
+        "ttft_host_seconds": ttft.host,
+        "ttft_disk_seconds": ttft.disk,
     });
     let path = results.join("runtime-cpu.json");
     std::fs::write(&path, serde_json::to_string_pretty(&raw)? + "\n")
         .with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn kernels_class() -> String {
-    runtime::backend::cpu::instruction_class().to_owned()
 }
 
 fn cpu_name() -> String {
