@@ -47,14 +47,15 @@ cluster-down: ## Stop the local Kubernetes
 	@tests/cluster/down
 
 generate: prepare ## Write crds/ and the charts' copies of them from the Rust types
-	@cargo run -q --profile ci -p operator --bin crdgen
+	@cargo build --quiet --profile ci --workspace --bins
+	@$(BIN)/crdgen .
 
 golden: weights ## Make the golden files again with llama.cpp (builds it on the first run, 10 minutes)
 	@bench/peer.sh
 	@$(COLLOQUY_CACHE)/peer/bin/python tests/golden/make_golden.py
 
 crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong token, no failed request
-	@COLLOQUY_CRASH_MODEL=smollm2 cargo test --profile ci -p colloquy-tests --test crash -- --nocapture
+	@COLLOQUY_CRASH_MODEL=smollm2 cargo test --profile ci --workspace --test crash -- --nocapture
 
 bench-runtime: build weights ## Runtime speed against llama.cpp and against itself, as `figure NAME VALUE UNIT`
 	@bench/peer.sh
