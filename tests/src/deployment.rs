@@ -114,10 +114,14 @@ impl Deployment {
         self.cluster.api(&conversation_model(), &self.namespace).await
     }
 
-    /// Deletes the model.
-    pub async fn delete(&self) -> anyhow::Result<()> {
-        self.models().await?.delete(self.name(), &kube::api::DeleteParams::default()).await?;
-        Ok(())
+    /// Deletes the model; false when there is none.
+    pub async fn delete(&self) -> anyhow::Result<bool> {
+        let models = self.models().await?;
+        if models.get_opt(self.name()).await?.is_none() {
+            return Ok(false);
+        }
+        models.delete(self.name(), &kube::api::DeleteParams::default()).await?;
+        Ok(true)
     }
 
     /// The pod of the first replica.
