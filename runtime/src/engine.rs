@@ -643,7 +643,11 @@ impl<C: Cache> Engine<C> {
     fn close(&mut self, mut sequence: Sequence) {
         self.forget_ask(sequence.id);
         let State { pool, sets, closing, .. } = &mut self.state;
-        let storable = if sequence.broken { 0 } else { sequence.storable(sets) };
+        let storable = sequence.storable(sets);
+        if sequence.broken || storable == 0 {
+            pool.release_table(&sequence.table);
+            return;
+        }
         let size = pool.tokens_per_block();
         let (full, tail) = ((storable / size) as usize, storable % size);
         let kept = full + usize::from(tail > 0);
