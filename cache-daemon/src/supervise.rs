@@ -17,9 +17,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::Config;
 use crate::shm::map::{self, MapError};
 
-/// A worker that lived this long has started: the next death is a first one.
-const YOUNG: Duration = Duration::from_millis(100);
-/// Pause before the restart after two young deaths in a row; doubles with each further one.
+/// A worker that dies before this has not even started: pauses grow.
+const YOUNG: Duration = Duration::from_millis(20);
+/// A worker that lived this long is replaced at once.
+const GROWN: Duration = Duration::from_secs(1);
+/// Pause before the restart after a short life; doubles with each further young death.
 const BACK_OFF_MIN: Duration = Duration::from_millis(10);
 /// Longest pause.
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);
@@ -148,11 +150,15 @@ struct BackOff {
 }
 
 impl BackOff {
-    /// None after a life, or after the first young death.
+    /// None after a long life or a single young death.
     fn after(&mut self, life: Duration) -> Duration {
-        self.young_deaths = if life >= YOUNG { 0 } else { self.young_deaths + 1 };
+        if life >= YOUNG {
+            self.young_deaths = 0;
+            return if life >= GROWN { Duration::ZERO } else { BACK_OFF_MIN };
+        }
+        self.young_deaths += 1;
         match self.young_deaths {
-            0 | 1 => Duration::ZERO,
+            1 => Duration::ZERO,
             deaths => (BACK_OFF_MIN * 2u32.pow((deaths - 2).min(16))).min(BACK_OFF_MAX),
         }
     }
@@ -166,7 +172,8 @@ mod tests {
     fn a_worker_that_lived_is_restarted_at_once() {
         let mut back_off = BackOff::default();
         for _ in 0..100 {
-            assert_eq!(back_off.after(YOUNG), Duration::ZERO);
+            assert_eq!(back_off.after(GROWN), Duration::ZERO);
+            assert_eq!(back_off.after(YOUNG), BACK_OFF_MIN);
         }
     }
 
@@ -177,6 +184,6 @@ mod tests {
         assert_eq!(pauses[0], Duration::ZERO);
         assert!(pauses.is_sorted());
         assert_eq!(pauses[39], BACK_OFF_MAX);
-        assert_eq!(back_off.after(YOUNG), Duration::ZERO);
+        assert_eq!(back_off.after(GROWN), Duration::ZERO);
     }
 }

@@ -5,21 +5,28 @@
 //! dead, the frame that it was aimed at is still in the state that was wanted: only a daemon changes it.
 //! Every block's bytes follow from its key; the peer checks each byte it loads and fails at the first wrong one.
 //!
-//! `COLLOQUY_CRASH_KILLS` sets the kills of each kind (200). The peer is this same test binary, started
-//! anew as `the_peer`.
+//! Twice: with a small peer (this same test binary, started anew as `the_peer`), and with the real
+//! `runtime` over HTTP, where each answer is compared with the same request under a fresh `cache_salt`,
+//! which computes everything. The model is a tiny random one; `COLLOQUY_CRASH_MODEL=smollm2` takes SmolLM2.
+//!
+//! `COLLOQUY_CRASH_KILLS` sets the kills of each kind (200).
 
 #[path = "../../cache-daemon/tests/support/mod.rs"]
 mod support;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kv_protocol::frame::Owner;
 use kv_protocol::message::FrameHandle;
 use kv_protocol::table::{AttachmentState, FrameTable, RegionView};
 use kv_protocol::{AttachmentId, FrameState};
+use serde_json::{Value, json};
 use support::{Daemon, Driver, conversation, geometry, kill, region_bytes, until};
 
 /// Tells `the_peer` which socket; without it there is nothing to do.
@@ -29,53 +36,114 @@ const CONVERSATIONS: u32 = 6;
 const TOKENS: u32 = 16 * 10 + 5;
 
 #[test]
-fn two_hundred_kills_while_a_frame_is_filling_cost_no_wrong_byte() {
-    kill_many("Filling", |table, view| {
-        table.frames().find_map(|frame| {
-            let word = table.state(frame).ok()?;
-            let Owner::Attachment(id) = word.owner else { return None };
-            let id = AttachmentId::new(id.into())?;
-            let begun = table.is_taken(frame, word.generation);
-            let live = view.attachment_state(id) == AttachmentState::Live;
-            let wanted = word.state == FrameState::Filling && begun && live;
-            wanted.then_some(FrameHandle { frame, generation: word.generation })
-        })
-    });
+fn kills_while_a_frame_is_filling_cost_no_wrong_byte() {
+    let scene = Scene::start();
+    let peer = DriverPeer::start(&scene.daemon.socket);
+    kill_many("Filling", &scene, filling, Box::new(peer));
 }
 
 #[test]
-fn two_hundred_kills_while_a_frame_is_pinned_cost_no_wrong_byte() {
-    kill_many("Pinned", |table, view| {
-        table.frames().find_map(|frame| {
-            let word = table.state(frame).ok()?;
-            let live = AttachmentId::all().any(|id| {
-                table.pins(frame, id).load(kv_protocol::sync::Ordering::Relaxed) > 0
-                    && view.attachment_state(id) == AttachmentState::Live
-            });
-            let wanted = word.state == FrameState::Pinned && live;
-            wanted.then_some(FrameHandle { frame, generation: word.generation })
-        })
-    });
+fn kills_while_a_frame_is_pinned_cost_no_wrong_byte() {
+    let scene = Scene::start();
+    let peer = DriverPeer::start(&scene.daemon.socket);
+    kill_many("Pinned", &scene, pinned, Box::new(peer));
 }
 
-fn kill_many(state: &str, find: impl Fn(&FrameTable, &RegionView) -> Option<FrameHandle>) {
+#[test]
+fn kills_while_a_frame_is_filling_fail_no_request_of_the_real_runtime() {
+    let scene = Scene::start();
+    let peer = RuntimePeer::start(&scene);
+    kill_many("Filling", &scene, filling, Box::new(peer));
+}
+
+#[test]
+fn kills_while_a_frame_is_pinned_fail_no_request_of_the_real_runtime() {
+    let scene = Scene::start();
+    let peer = RuntimePeer::start(&scene);
+    kill_many("Pinned", &scene, pinned, Box::new(peer));
+}
+
+/// A frame that a living attachment has begun to fill.
+fn filling(table: &FrameTable, view: &RegionView) -> Option<FrameHandle> {
+    table.frames().find_map(|frame| {
+        let word = table.state(frame).ok()?;
+        let Owner::Attachment(id) = word.owner else { return None };
+        let id = AttachmentId::new(id.into())?;
+        let begun = table.is_taken(frame, word.generation);
+        let live = view.attachment_state(id) == AttachmentState::Live;
+        let wanted = word.state == FrameState::Filling && begun && live;
+        wanted.then_some(FrameHandle { frame, generation: word.generation })
+    })
+}
+
+/// A frame that a living attachment has pinned.
+fn pinned(table: &FrameTable, view: &RegionView) -> Option<FrameHandle> {
+    table.frames().find_map(|frame| {
+        let word = table.state(frame).ok()?;
+        let live = AttachmentId::all().any(|id| {
+            table.pins(frame, id).load(kv_protocol::sync::Ordering::Relaxed) > 0
+                && view.attachment_state(id) == AttachmentState::Live
+        });
+        let wanted = word.state == FrameState::Pinned && live;
+        wanted.then_some(FrameHandle { frame, generation: word.generation })
+    })
+}
+
+/// A daemon in a folder of its own.
+struct Scene {
+    daemon: Daemon,
+    dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
+        // SmolLM2's blocks are large; the small peer's geometry gets few frames from little.
+        let bytes = if smollm2().is_some() { 64 << 20 } else { region_bytes(40) };
+        Self { daemon: Daemon::start(&binary, dir.path(), bytes, &[]), dir }
+    }
+}
+
+/// The process on the other side of the region.
+trait Peer {
+    /// Kills are spread over so many frames.
+    fn frames_between_kills(&self) -> u32;
+    /// Ends it. Fails if it saw anything wrong; else its last words, and how many blocks or answers it
+    /// has compared.
+    fn stop(self: Box<Self>) -> (String, u64);
+}
+
+fn kill_many(
+    state: &str,
+    scene: &Scene,
+    find: impl Fn(&FrameTable, &RegionView) -> Option<FrameHandle>,
+    peer: Box<dyn Peer>,
+) {
     let kills: u32 = std::env::var("COLLOQUY_CRASH_KILLS")
         .ok()
         .and_then(|kills| kills.parse().ok())
         .unwrap_or(200);
-    let dir = tempfile::tempdir().expect("a folder");
-    let daemon = Daemon::start(&daemon_binary(), dir.path(), region_bytes(40), &[]);
-    let mut peer = Peer::start(&daemon.socket);
-    let view = region_of(&daemon);
+    let daemon = &scene.daemon;
+    let view = region_of(daemon);
     let table = until("the region is formatted", || view.table().ok());
-
     let mut inside = 0;
     for kill_number in 0..kills {
         // A worker that serves, and a frame in the wanted state under it.
         let starts = || view.worker_starts().load(kv_protocol::sync::Ordering::Relaxed);
         until("the worker has started", || (starts() > u64::from(kill_number)).then_some(()));
         let worker = until("there is a worker", || daemon.worker_pid());
-        let target = spin("a frame is in the wanted state", || find(&table, &view));
+        // Not always the first one: the peer gets on with its work between kills, and kills strike
+        // it at different places.
+        let mut pass_over = kill_number * 13 % peer.frames_between_kills();
+        let mut last = None;
+        let target = spin("a frame is in the wanted state", || {
+            let found = find(&table, &view)?;
+            if pass_over > 0 && last.replace(found) != Some(found) {
+                pass_over -= 1;
+            }
+            (pass_over == 0).then_some(found)
+        });
         kill(worker, rustix::process::Signal::KILL);
         spin("the worker is dead", || is_dead(worker).then_some(()));
         let now = table.state(target.frame).ok();
@@ -84,17 +152,10 @@ fn kill_many(state: &str, find: impl Fn(&FrameTable, &RegionView) -> Option<Fram
         });
         inside += u32::from(struck);
     }
-    let summary = peer.stop();
+    let (summary, compared) = peer.stop();
     println!("{state}: {inside} of {kills} kills struck inside; peer: {summary}");
     assert!(inside * 10 >= kills * 9, "{inside} of {kills} kills struck inside");
-    assert!(summary.contains("wrong 0"), "{summary}");
-    let rounds: u64 = summary
-        .split_whitespace()
-        .skip_while(|word| *word != "blocks")
-        .nth(1)
-        .and_then(|blocks| blocks.parse().ok())
-        .unwrap_or(0);
-    assert!(rounds > 0, "the peer loaded nothing: {summary}");
+    assert!(compared > 0, "the peer compared nothing: {summary}");
     assert_eq!(daemon.status_u64("/worker_starts"), u64::from(kills) + 1);
 }
 
@@ -136,24 +197,32 @@ fn region_of(daemon: &Daemon) -> RegionView {
     RegionView::new(region)
 }
 
-/// The real binary, beside this test's own in the target folder.
-fn daemon_binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("COLLOQUY_CACHE_DAEMON") {
+/// A real binary, beside this test's own in the target folder.
+fn beside_us(name: &str, variable: &str) -> PathBuf {
+    if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
     let test = std::env::current_exe().expect("our own path");
-    let binary = test.parent().and_then(Path::parent).expect("target/ci/deps").join("cache-daemon");
-    assert!(
-        binary.exists(),
-        "{} is missing: cargo build --profile ci -p cache-daemon",
-        binary.display()
-    );
+    let binary = test.parent().and_then(Path::parent).expect("target/ci/deps").join(name);
+    assert!(binary.exists(), "{} is missing: cargo build --profile ci -p {name}", binary.display());
     binary
 }
 
-struct Peer(Child);
+/// SmolLM2's file, if that model is asked for.
+fn smollm2() -> Option<PathBuf> {
+    let asked = std::env::var("COLLOQUY_CRASH_MODEL").is_ok_and(|model| model == "smollm2");
+    asked.then(|| {
+        let home = std::env::var_os("HOME").map_or_else(PathBuf::new, PathBuf::from);
+        let cache = std::env::var_os("COLLOQUY_CACHE")
+            .map_or_else(|| home.join(".cache/colloquy"), PathBuf::from);
+        cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    })
+}
 
-impl Peer {
+/// The small peer.
+struct DriverPeer(Child);
+
+impl DriverPeer {
     fn start(socket: &Path) -> Self {
         let child = Command::new(std::env::current_exe().expect("our own path"))
             .args(["--exact", "the_peer", "--ignored", "--nocapture"])
@@ -164,26 +233,160 @@ impl Peer {
             .expect("the peer starts");
         Self(child)
     }
+}
 
-    /// Ends it, and gives back its last words.
-    fn stop(&mut self) -> String {
+impl Peer for DriverPeer {
+    fn frames_between_kills(&self) -> u32 {
+        50 // Some four turns of eleven blocks.
+    }
+
+    fn stop(mut self: Box<Self>) -> (String, u64) {
         drop(self.0.stdin.take()); // Its sign to end.
-        let output = self.0.stdout.take().expect("piped");
-        let summary = BufReader::new(output)
-            .lines()
-            .map_while(Result::ok)
-            .find(|line| line.contains("blocks"))
-            .unwrap_or_default();
+        let mut output = String::new();
+        let pipe = self.0.stdout.as_mut().expect("piped");
+        pipe.read_to_string(&mut output).expect("the peer's words"); // All: it must not write in vain.
+        let summary = output.lines().find(|line| line.contains("blocks")).unwrap_or_default();
+        let summary = summary.to_owned();
         let status = self.0.wait().expect("our own child");
         assert!(status.success(), "the peer failed: {status}");
-        summary
+        let mut words = summary.split_whitespace().skip_while(|word| *word != "blocks");
+        let blocks = words.nth(1).and_then(|blocks| blocks.parse().ok()).unwrap_or(0);
+        (summary, blocks)
     }
 }
 
-impl Drop for Peer {
+impl Drop for DriverPeer {
     fn drop(&mut self) {
         let _ = self.0.kill(); // Ended already, normally.
         let _ = self.0.wait();
+    }
+}
+
+/// The real runtime, with two clients that hold conversations over HTTP.
+struct RuntimePeer {
+    runtime: Child,
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<Answers>>,
+}
+
+/// What a client has seen.
+#[derive(Debug, Default, Clone, Copy)]
+struct Answers {
+    compared: u64,
+    cached_tokens: u64,
+}
+
+impl RuntimePeer {
+    fn start(scene: &Scene) -> Self {
+        let model = smollm2().unwrap_or_else(|| {
+            let path = scene.dir.path().join("tiny.gguf");
+            runtime::weights::random::write_tiny_gguf(&path, 7).expect("the tiny model");
+            path
+        });
+        let address = {
+            // Free now; taken by nobody else on a loopback address, as far as tests go.
+            let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+            probe.local_addr().expect("its address")
+        };
+        let runtime = Command::new(beside_us("runtime", "COLLOQUY_RUNTIME"))
+            .arg("--model")
+            .arg(model)
+            .arg(format!("--cache-socket={}", scene.daemon.socket.display()))
+            .arg(format!("--http={address}"))
+            .args(["--served-name=crash", "--device-bytes=64Mi", "--tokens-per-block=16"])
+            .args(["--threads=1", "--admin", "--log=error"])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("the runtime starts");
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut peer = Self { runtime, stop, clients: Vec::new() };
+        let agent = agent();
+        until("the runtime is ready", || {
+            let ended = peer.runtime.try_wait().expect("our own child");
+            assert!(ended.is_none(), "the runtime ended: {ended:?}");
+            let health = agent.get(format!("http://{address}/health")).call().ok()?;
+            (health.status() == 200).then_some(())
+        });
+        for number in 0..2 {
+            let stop = peer.stop.clone();
+            let client = move || hold_conversations(&format!("http://{address}"), number, &stop);
+            peer.clients.push(std::thread::spawn(client));
+        }
+        peer
+    }
+}
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder().http_status_as_error(false).build().into()
+}
+
+/// Asks each question twice, with what the cache has and cold, until told to stop. A request that fails,
+/// or an answer that differs, fails the test.
+fn hold_conversations(base: &str, client: u32, stop: &AtomicBool) -> Answers {
+    let agent = agent();
+    let post = |path: &str, body: &Value| {
+        let answer = agent.post(format!("{base}{path}")).send(body.to_string().as_bytes());
+        let mut answer = answer.expect("the runtime answers");
+        let status = answer.status().as_u16();
+        let text = answer.body_mut().read_to_string().expect("text");
+        assert_eq!(status, 200, "{text}");
+        serde_json::from_str::<Value>(&text).unwrap_or_default()
+    };
+    let mut answers = Answers::default();
+    for turn in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let conversation = turn % CONVERSATIONS + client * CONVERSATIONS;
+        let tokens: Vec<u32> =
+            (0..TOKENS).map(|position| 3 + (position * 7 + conversation * 31) % 200).collect();
+        let ask = |salt: &str| {
+            let body = json!({
+                "prompt_token_ids": tokens, "max_tokens": 6, "temperature": 0,
+                "ignore_eos": true, "cache_salt": salt,
+            });
+            post("/v1/chat/completions", &body)
+        };
+        let warm = ask("");
+        let cold = ask(&format!("cold {client} {turn}"));
+        let text = |reply: &Value| reply.pointer("/choices/0/message/content").cloned();
+        assert!(text(&warm).is_some(), "no answer in {warm}");
+        assert_eq!(text(&warm), text(&cold), "conversation {conversation}, turn {turn}");
+        let cached = warm.pointer("/usage/prompt_tokens_details/cached_tokens");
+        answers.cached_tokens += cached.and_then(Value::as_u64).unwrap_or(0);
+        answers.compared += 1;
+        post("/admin/device-cache/clear", &json!({})); // The next turn loads its history from frames.
+    }
+    answers
+}
+
+impl Peer for RuntimePeer {
+    fn frames_between_kills(&self) -> u32 {
+        20
+    }
+
+    fn stop(mut self: Box<Self>) -> (String, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut sum = Answers::default();
+        for client in std::mem::take(&mut self.clients) {
+            let answers = client.join().expect("no request failed, no answer differed");
+            sum.compared += answers.compared;
+            sum.cached_tokens += answers.cached_tokens;
+        }
+        kill(self.runtime.id() as i32, rustix::process::Signal::TERM);
+        let status = self.runtime.wait().expect("our own child");
+        assert!(status.success(), "the runtime ended with {status}");
+        assert!(sum.cached_tokens > 0, "no history ever came from the cache");
+        let Answers { compared, cached_tokens } = sum;
+        let words = format!("{compared} answers equal, {cached_tokens} tokens from the cache");
+        (words, compared)
+    }
+}
+
+impl Drop for RuntimePeer {
+    fn drop(&mut self) {
+        let _ = self.runtime.kill(); // Ended already, normally.
+        let _ = self.runtime.wait();
     }
 }
 
@@ -193,15 +396,15 @@ impl Drop for Peer {
 fn the_peer() {
     let Some(socket) = std::env::var_os(PEER_SOCKET) else { return };
     let mut driver = Driver::spawn(Path::new(&socket), geometry(), b"");
-    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     std::thread::spawn(move || {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        flag.store(true, std::sync::atomic::Ordering::Relaxed);
+        flag.store(true, Ordering::Relaxed);
     });
     let (mut blocks, mut rounds, mut detached) = (0u64, 0u64, 0u64);
     let mut turn = 0;
-    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+    while !stop.load(Ordering::Relaxed) {
         driver.wait_attached();
         turn += 1;
         let tokens = conversation(turn % CONVERSATIONS, TOKENS);
@@ -217,7 +420,7 @@ fn the_peer() {
     let mut output = std::io::stdout();
     writeln!(
         output,
-        "blocks {blocks} rounds {rounds} detached {detached} rejected {} wrong 0",
+        "blocks {blocks} rounds {rounds} detached {detached} rejected {}",
         stats.blocks_rejected
     )
     .expect("the parent listens");

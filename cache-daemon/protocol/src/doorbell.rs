@@ -60,7 +60,7 @@ mod tests {
         let bell = DoorbellWord { rings: &rings, waiting: &waiting };
         let seen = bell.seen();
         bell.ring();
-        bell.wait(seen, Duration::from_secs(3600)); // Would hang the test if it were lost.
+        bell.wait(seen, Duration::from_hours(1)); // Would hang the test if it were lost.
     }
 
     #[test]
@@ -71,7 +71,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while bell.seen() == seen {
-                    bell.wait(seen, Duration::from_secs(3600));
+                    bell.wait(seen, Duration::from_hours(1));
                 }
             });
             bell.ring();

@@ -477,8 +477,12 @@ impl KeyList {
         bytes.extend_from_slice(&variant);
         bytes.extend_from_slice(&numerics);
         bytes.extend_from_slice(&self.root.0);
-        keys.iter().for_each(|key| bytes.extend_from_slice(&key.0));
-        tail.iter().for_each(|token| bytes.extend_from_slice(&token.to_le_bytes()));
+        for key in keys {
+            bytes.extend_from_slice(&key.0);
+        }
+        for token in tail {
+            bytes.extend_from_slice(&token.to_le_bytes());
+        }
         bytes
     }
 

@@ -97,6 +97,7 @@ impl Region {
     }
 
     /// An atomic word.
+    #[expect(clippy::cast_ptr_alignment, reason = "`at` asserts the alignment")]
     pub fn atomic_u32(&self, offset: u64) -> &AtomicU32 {
         let word = self.at(offset, 4, 4).cast::<u32>();
         // SAFETY: inside the mapping and aligned (asserted in `at`; the base is page aligned). The
@@ -106,6 +107,7 @@ impl Region {
     }
 
     /// An atomic word.
+    #[expect(clippy::cast_ptr_alignment, reason = "`at` asserts the alignment")]
     pub fn atomic_u64(&self, offset: u64) -> &AtomicU64 {
         let word = self.at(offset, 8, 8).cast::<u64>();
         // SAFETY: as in `atomic_u32`, with 8 bytes.
@@ -113,6 +115,7 @@ impl Region {
     }
 
     /// Neighbouring atomic words.
+    #[expect(clippy::cast_ptr_alignment, reason = "`at` asserts the alignment")]
     pub fn atomics(&self, offset: u64, count: usize) -> &[AtomicU64] {
         let first = self.at(offset, 8 * count as u64, 8).cast::<AtomicU64>().cast_const();
         // SAFETY: `8 * count` bytes from `first` are inside the mapping and aligned (asserted in `at`);

@@ -97,7 +97,7 @@ mod tests {
     use kv_protocol::Region;
     use kv_protocol::layout::FRAME_TABLE_AT;
 
-    const FOREVER: Duration = Duration::from_secs(3600); // A lost ring hangs the test.
+    const FOREVER: Duration = Duration::from_hours(1); // A lost ring hangs the test.
 
     fn region() -> RegionView {
         RegionView::new(Region::heap(FRAME_TABLE_AT))
