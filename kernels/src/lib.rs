@@ -11,6 +11,11 @@
 //!
 //! Shapes are written with the legend of [`simd`].
 
+#![expect(
+    clippy::inline_always,
+    reason = "an operation that is not inlined into its class's function is compiled without it"
+)]
+
 pub mod disjoint;
 pub mod error;
 pub mod log_sum_exp;

@@ -100,6 +100,7 @@ impl Pool {
         // The lifetime goes: the region ends before this function returns (module doc).
         let erased: *const (dyn Fn(usize) + Sync + '_) = job;
         // SAFETY: only the lifetime changes; both are fat pointers of the same trait object.
+        #[expect(clippy::transmute_ptr_to_ptr, reason = "a cast cannot drop the lifetime")]
         let erased =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(erased) };
         // SAFETY: the region is closed and nobody is inside, so no helper reads `job`.

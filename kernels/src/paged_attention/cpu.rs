@@ -34,7 +34,7 @@ impl Task for Attend<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let wide_tile = tile_tokens(self.item.blocks.shape().tokens_per_block) == TILE_MAX;
-        match (wide_tile, self.item.blocks.shape().head_dim % 64 == 0) {
+        match (wide_tile, self.item.blocks.shape().head_dim.is_multiple_of(64)) {
             (true, true) => self.all::<S, 4, 4>(s),
             (true, false) => self.all::<S, 4, 2>(s),
             (false, true) => self.all::<S, 1, 4>(s),
@@ -189,16 +189,17 @@ fn score<S: Simd, const KV: usize, const Q: usize>(
     let mut sums = [[s.splat(0.0); KV]; Q];
     for d in 0..head_dim {
         let key: [S::F; KV] = std::array::from_fn(|v| s.load(&keys[d][v]));
-        for q in 0..Q {
-            let x = s.splat(query[q][d]);
-            for v in 0..KV {
-                sums[q][v] = s.fma(x, key[v], sums[q][v]);
+        for (sums, query) in sums.iter_mut().zip(&query) {
+            let x = s.splat(query[d]);
+            for (sum, key) in sums.iter_mut().zip(key) {
+                *sum = s.fma(x, key, *sum);
             }
         }
     }
-    for q in 0..Q {
-        for v in 0..KV {
-            s.store(sums[q][v], &mut scratch.weights[(first + q) * KV + v]);
+    let weights = scratch.weights[first * KV..(first + Q) * KV].chunks_exact_mut(KV);
+    for (sums, weights) in sums.into_iter().zip(weights) {
+        for (sum, weight) in sums.into_iter().zip(weights) {
+            s.store(sum, weight);
         }
     }
 }
@@ -285,16 +286,17 @@ fn mix<S: Simd, const KV: usize, const DV: usize, const Q: usize>(
         for key in keys.clone() {
             let value: [S::F; DV] =
                 std::array::from_fn(|v| s.load_f16(&values[key * head_vectors + chunk + v]));
-            for q in 0..Q {
-                let weight = s.splat(weights[q][key]);
-                for v in 0..DV {
-                    sums[q][v] = s.fma(weight, value[v], sums[q][v]);
+            for (sums, weights) in sums.iter_mut().zip(&weights) {
+                let weight = s.splat(weights[key]);
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum = s.fma(weight, value, *sum);
                 }
             }
         }
-        for q in 0..Q {
-            for v in 0..DV {
-                s.store(sums[q][v], &mut scratch.mixed[(first + q) * head_vectors + chunk + v]);
+        for (q, sums) in sums.into_iter().enumerate() {
+            let start = (first + q) * head_vectors + chunk;
+            for (sum, mixed) in sums.into_iter().zip(&mut scratch.mixed[start..start + DV]) {
+                s.store(sum, mixed);
             }
         }
     }

@@ -41,6 +41,10 @@ impl Avx512 {
 /// The operations, with the features switched on, so that intrinsics on values are safe to name.
 mod ops {
     use super::LANES;
+    #[allow(
+        clippy::wildcard_imports,
+        reason = "fifty intrinsics of one prefix; not linted in tests"
+    )]
     use core::arch::x86_64::*;
 
     macro_rules! ops {

@@ -144,10 +144,12 @@ impl Metadata {
 
     /// A list of strings.
     pub fn strings(&self, key: &str) -> Option<Vec<&str>> {
-        let text = |value| match value {
-            &Value::String(ref text) => Some(text.as_str()),
-            _ => None,
-        };
+        fn text(value: &Value) -> Option<&str> {
+            match value {
+                Value::String(text) => Some(text),
+                _ => None,
+            }
+        }
         match self.0.get(key)? {
             Value::Array(values) => values.iter().map(text).collect(),
             _ => None,

@@ -198,6 +198,7 @@ impl Compute {
     }
 
     /// Runs steps until the engine's end is dropped.
+    #[expect(clippy::needless_pass_by_value, reason = "the connections end with the thread")]
     pub fn run(mut self, ends: Ends) {
         let _wake = WakeOnDrop(Arc::clone(&ends.wake));
         while let Ok(work) = ends.work.recv() {
@@ -345,7 +346,9 @@ impl Compute {
                     });
                 }
                 if let Mode::Skip(scale) | Mode::Backfill(scale) = modes[t] {
-                    x.iter_mut().for_each(|x| *x *= scale);
+                    for x in x.iter_mut() {
+                        *x *= scale;
+                    }
                 }
             }
         });

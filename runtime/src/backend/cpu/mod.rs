@@ -1,7 +1,7 @@
 //! The CPU backend: a compute thread with its pool, a copier thread, and this handle of the engine's.
 //!
 //! ```text
-//! engine ── submit ─► compute thread ── layer i: QKV ─ store K,V ─ wait gate(i) ─ attention ─ FFN
+//! engine ── submit ─► compute thread ── layer i: QKV ─ wait gate(i) ─ store K,V ─ attention ─ FFN
 //!        ── load ──► copier ──────────── layer 0 … opens gate 0, layer 1 … opens gate 1, …
 //!        ── save ──► copier ──────────── row i as soon as layer i is computed
 //!        ◄── poll ── events (each followed by `wake`)

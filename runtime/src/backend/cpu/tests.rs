@@ -13,7 +13,7 @@ use crate::batch::{
 use crate::weights::{gguf::Model, random::write_tiny_gguf};
 
 /// A hang is a failure: nothing here takes a second.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const TOKENS_PER_BLOCK: u16 = 16;
 const LAYERS: usize = 3;
 
@@ -362,9 +362,15 @@ fn a_block_may_be_written_while_it_is_saved() {
 
 fn skipping(attention: &[usize], ffn: &[usize], backfill: &[usize]) -> Arc<SkipSet> {
     let mut skip = SkipSet::none(LAYERS);
-    attention.iter().chain(backfill).for_each(|&layer| skip.attention[layer] = true);
-    ffn.iter().for_each(|&layer| skip.ffn[layer] = true);
-    backfill.iter().for_each(|&layer| skip.backfill[layer] = true);
+    for &layer in attention.iter().chain(backfill) {
+        skip.attention[layer] = true;
+    }
+    for &layer in ffn {
+        skip.ffn[layer] = true;
+    }
+    for &layer in backfill {
+        skip.backfill[layer] = true;
+    }
     skip.scale.fill(1.25);
     Arc::new(skip)
 }
