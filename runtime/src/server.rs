@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -199,33 +200,9 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
     let started = std::time::Instant::now();
     info!(path = %config.model.display(), "loading the model");
     let model = Model::open(&config.model)?;
-    let text_error = |error| RunError::Text { path: model.path().to_owned(), error };
-    let text = TextMetadata::from_gguf(model.metadata()).map_err(text_error)?;
-    let tokenizer = Tokenizer::new(&text).map_err(text_error)?;
-    let template = text
-        .chat_template
-        .as_deref()
-        .map(|source| ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text()))
-        .transpose()
-        .map_err(text_error)?;
+    let (tokenizer, template) = read_text(&model)?;
     let sizes = model.config();
-    if tokenizer.vocabulary_size() > sizes.vocab {
-        return Err(text_error(TextError::Vocabulary(format!(
-            "{} tokens, but the weights have rows for {}",
-            tokenizer.vocabulary_size(),
-            sizes.vocab
-        ))));
-    }
-    let model_context = u32::try_from(sizes.context_max).unwrap_or(u32::MAX);
-    let context_max = match config.context_max {
-        None => model_context,
-        Some(asked) if asked.get() <= model_context => asked.get(),
-        Some(asked) => {
-            return Err(RunError::Config(format!(
-                "--context-max is {asked}; the model was trained for {model_context} tokens"
-            )));
-        }
-    };
+    let context_max = context_max(config, sizes.context_max)?;
     let model_name = config.served_name.clone().unwrap_or_else(|| {
         model
             .path()
@@ -281,14 +258,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
         doorbell,
         &registry,
     )?;
-    let (ended, engine_ended) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("engine-watch".to_owned())
-        .spawn(move || {
-            let end = thread.join().map_err(|panic| panic_text(&*panic));
-            let _ = ended.send(end); // Nobody asks when the process ends first.
-        })
-        .map_err(|error| RunError::Bug(format!("no thread to watch the engine: {error}")))?;
+    let engine_ended = watch_engine(thread)?;
     info!(seconds = started.elapsed().as_secs_f32(), "loaded");
     let submit: Submit = Arc::new({
         let engine = engine.clone();
@@ -313,6 +283,51 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
         metrics,
     };
     Ok(Loaded { service, engine, engine_ended })
+}
+
+/// What the model's file says about text.
+fn read_text(model: &Model) -> Result<(Tokenizer, Option<ChatTemplate>), RunError> {
+    let in_file = |error| RunError::Text { path: model.path().to_owned(), error };
+    let text = TextMetadata::from_gguf(model.metadata()).map_err(in_file)?;
+    let tokenizer = Tokenizer::new(&text).map_err(in_file)?;
+    let rows = model.config().vocab;
+    if tokenizer.vocabulary_size() > rows {
+        return Err(in_file(TextError::Vocabulary(format!(
+            "{} tokens, but the weights have rows for {rows}",
+            tokenizer.vocabulary_size(),
+        ))));
+    }
+    let template = text
+        .chat_template
+        .as_deref()
+        .map(|source| ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text()))
+        .transpose()
+        .map_err(in_file)?;
+    Ok((tokenizer, template))
+}
+
+fn context_max(config: &Config, model: usize) -> Result<u32, RunError> {
+    let model = u32::try_from(model).unwrap_or(u32::MAX);
+    match config.context_max {
+        None => Ok(model),
+        Some(asked) if asked.get() <= model => Ok(asked.get()),
+        Some(asked) => Err(RunError::Config(format!(
+            "--context-max is {asked}; the model was trained for {model} tokens"
+        ))),
+    }
+}
+
+/// Tells when the engine's thread ends, and whether it panicked.
+fn watch_engine(thread: JoinHandle<()>) -> Result<oneshot::Receiver<Result<(), String>>, RunError> {
+    let (ended, engine_ended) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("engine-watch".to_owned())
+        .spawn(move || {
+            let end = thread.join().map_err(|panic| panic_text(&*panic));
+            let _ = ended.send(end); // Nobody asks when the process ends first.
+        })
+        .map_err(|error| RunError::Bug(format!("no thread to watch the engine: {error}")))?;
+    Ok(engine_ended)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

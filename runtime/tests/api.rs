@@ -302,7 +302,7 @@ fn a_named_conversation_goes_on_from_its_sampled_ids() {
     // An edit leaves the record where the edit is.
     body["messages"][3]["content"] = json!("edited reply");
     runtime.turn("conversation 1", &body);
-    assert!(runtime.metric("turns_diverged_total", "edited") == 1.0);
+    assert!(runtime.metric("turns_diverged_total", "edited") > 0.0);
     assert!(runtime.metric("reply_tokens_retokenised_total", "") > 0.0);
 }
 
@@ -330,7 +330,7 @@ fn a_client_that_leaves_is_not_computed_for() {
     let runtime = Runtime::tiny(&[]);
     let body = ask("hi", json!({ "stream": true, "ignore_eos": true, "max_tokens": 4000 }));
     drop(open_stream(&runtime, &body));
-    let aborted = || runtime.metric("request_success_total", "abort") == 1.0;
+    let aborted = || runtime.metric("request_success_total", "abort") > 0.0;
     assert!((0..POLLS_MAX).any(|_| aborted()), "the generation goes on");
     let running = || runtime.metric("num_requests_running", "") == 0.0;
     assert!((0..POLLS_MAX).any(|_| running()), "the engine goes on");

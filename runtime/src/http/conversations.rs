@@ -33,7 +33,7 @@ const RECORDS_MAX: usize = 4096;
 const RECORDS_BYTES_MAX: usize = 128 << 20;
 /// Longest a request waits for the daemon's record: about what tokenising a long history costs, doubled
 /// for an engine in the middle of a step.
-const FETCH_LIMIT: Duration = Duration::from_millis(2_000);
+const FETCH_LIMIT: Duration = Duration::from_secs(2);
 /// Version of a record's bytes; another version is no record.
 const RECORD_VERSION: u32 = 1;
 /// More than any context has messages or cuts; a record that claims more is not ours.

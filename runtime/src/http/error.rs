@@ -160,6 +160,7 @@ impl ApiError {
     }
 
     /// With another OpenAI `param`.
+    #[must_use]
     pub fn at(self, param: &str) -> Self {
         Self { param: Some(param.to_owned()), ..self }
     }

@@ -48,7 +48,7 @@ pub const BODY_BYTES_MAX: usize = 8 << 20;
 /// Bytes of an oversized body that are read and dropped, so that its client hears why it was refused.
 const DRAIN_BYTES_MAX: usize = 8 * BODY_BYTES_MAX;
 /// A body comes within this time, or its connection is not worth keeping.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+const BODY_TIMEOUT: Duration = Duration::from_mins(1);
 /// The engine clears its pool between two steps.
 const CLEAR_TIMEOUT: Duration = Duration::from_secs(30);
 /// Headers that name a conversation, ours first.
@@ -291,8 +291,8 @@ async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
         let mut parts = body.into_data_stream();
         let (mut bytes, mut length) = (Vec::new(), 0);
         while let Some(part) = parts.next().await {
-            let part = part
-                .map_err(|error| ApiError::invalid(format!("the body broke off: {error}")))?;
+            let part =
+                part.map_err(|error| ApiError::invalid(format!("the body broke off: {error}")))?;
             length += part.len();
             if length <= BODY_BYTES_MAX {
                 bytes.extend_from_slice(&part);

@@ -403,7 +403,7 @@ impl Answer {
         }
     }
 
-    fn object(&self, object: &str, choices: Value) -> Value {
+    fn object(&self, object: &str, choices: &Value) -> Value {
         json!({
             "id": self.id,
             "object": object,
@@ -427,7 +427,7 @@ impl Answer {
         let mut answer = match self.api {
             Api::Chat => self.object(
                 "chat.completion",
-                json!([{
+                &json!([{
                     "index": 0,
                     "message": { "role": "assistant", "content": text, "refusal": null },
                     "logprobs": logprobs,
@@ -436,7 +436,7 @@ impl Answer {
             ),
             Api::Completions => self.object(
                 "text_completion",
-                json!([{ "index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason }]),
+                &json!([{ "index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason }]),
             ),
         };
         answer["usage"] = usage.json();
@@ -461,18 +461,17 @@ impl Answer {
             Api::Chat => {
                 let delta = match place {
                     Place::First => json!({ "role": "assistant", "content": text }),
-                    Place::Middle => json!({ "content": text }),
                     Place::Last(_) if text.is_empty() => json!({}),
-                    Place::Last(_) => json!({ "content": text }),
+                    Place::Middle | Place::Last(_) => json!({ "content": text }),
                 };
                 self.object(
                     "chat.completion.chunk",
-                    json!([{ "index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason }]),
+                    &json!([{ "index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason }]),
                 )
             }
             Api::Completions => self.object(
                 "text_completion",
-                json!([{ "index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason }]),
+                &json!([{ "index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason }]),
             ),
         };
         if self.include_usage {
@@ -488,7 +487,7 @@ impl Answer {
             Api::Completions => "text_completion",
         };
         self.include_usage.then(|| {
-            let mut chunk = self.object(object, json!([]));
+            let mut chunk = self.object(object, &json!([]));
             chunk["usage"] = usage.json();
             chunk
         })

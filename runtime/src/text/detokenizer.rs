@@ -30,18 +30,13 @@ impl Detokenizer {
                 Err(error) => {
                     let (valid, after) = rest.split_at(error.valid_up_to());
                     text.push_str(std::str::from_utf8(valid).unwrap_or_default());
-                    match error.error_len() {
-                        // Never a character: say so and go on behind it.
-                        Some(bad) => {
-                            text.push(char::REPLACEMENT_CHARACTER);
-                            rest = &after[bad..];
-                        }
-                        // May still become one.
-                        None => {
-                            rest = after;
-                            break;
-                        }
-                    }
+                    let Some(bad) = error.error_len() else {
+                        rest = after; // May still become a character.
+                        break;
+                    };
+                    // Never a character: say so and go on behind it.
+                    text.push(char::REPLACEMENT_CHARACTER);
+                    rest = &after[bad..];
                 }
             }
         }

@@ -99,7 +99,6 @@ fn without_generation_blocks(source: &str) -> String {
     text
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "minijinja's function signature")]
 fn raise_exception(message: String) -> Result<String, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
