@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use colloquy_tests::client::Client;
@@ -30,6 +30,9 @@ const TOKENS_MAX: u32 = 48;
 
 /// How often the daemon's worker is killed.
 const KILLS: u32 = 10;
+
+/// Each kill comes this much later after its worker has attached than the one before.
+const KILL_SPREAD: Duration = Duration::from_millis(40);
 
 /// Turns of the conversations that run while the worker is killed.
 const TURNS_UNDER_FIRE: usize = 3;
@@ -141,12 +144,15 @@ async fn no_request_fails_while_the_daemons_worker_is_killed(
     let pod_uid = story.pod.uid().context("a pod without a uid")?;
     let Story { progress, client, answers, .. } = story;
     let (client, answers) = (&*client, &answers[..]);
+    let address = story.pod.status.as_ref().and_then(|status| status.pod_ip.as_ref());
+    let address = address.context("a pod without an address")?;
+    let daemon = Client::new(format!("http://{address}:{DAEMON_PORT}"), "none");
     let asking = AtomicU32::new(0);
     let is_over = AtomicBool::new(false);
     let turns = std::thread::scope(|scope| -> anyhow::Result<u32> {
         // Two people, so that there is nearly always a turn under way.
         let people = [(), ()].map(|()| scope.spawn(|| talk(client, answers, &asking, &is_over)));
-        let killed = kill_workers(progress, &pod_uid, &asking);
+        let killed = kill_workers(progress, &pod_uid, &daemon, &asking);
         is_over.store(true, Ordering::Release);
         let mut turns = 0;
         for person in people {
@@ -160,25 +166,22 @@ async fn no_request_fails_while_the_daemons_worker_is_killed(
     ensure!(restarts == 0, "containers were restarted {restarts} times: the supervisor died too");
     story.progress.say(format!("{turns} turns answered, {KILLS} workers killed, no restart"));
 
-    let address =
-        pod.status.and_then(|status| status.pod_ip).context("a pod without an address")?;
-    let daemon = Client::new(format!("http://{address}:{DAEMON_PORT}"), "none");
-    wait(
-        &mut story.progress,
-        WORKER_DURATION_MAX,
-        "the last worker has the runtime attached",
-        async || {
-            let status: Value = match daemon.page("/status") {
-                Ok(page) => serde_json::from_str(&page)?,
-                Err(error) => return Ok(Look::NotYet(error.to_string())),
-            };
-            Ok(match status["attachments"].as_u64() {
-                Some(1..) => Look::Done(()),
-                _ => Look::NotYet(format!("the worker's status: {status}")),
-            })
-        },
-    )
+    let attached = "the last worker has the runtime attached";
+    wait(&mut story.progress, WORKER_DURATION_MAX, attached, async || {
+        let status = daemon_status(&daemon);
+        Ok(if is_attached(&status) { Look::Done(()) } else { Look::NotYet(status.to_string()) })
+    })
     .await
+}
+
+/// What the worker says of itself; null while there is none.
+fn daemon_status(daemon: &Client) -> Value {
+    let page = daemon.page("/status").unwrap_or_default();
+    serde_json::from_str(&page).unwrap_or_default()
+}
+
+fn is_attached(status: &Value) -> bool {
+    status["attachments"].as_u64().is_some_and(|attachments| attachments > 0)
 }
 
 /// Holds the same conversation again and again until it is over; gives the number of turns. An answer
@@ -206,22 +209,33 @@ fn talk(
     }
 }
 
-/// Kills the worker of a pod's daemon, and each that follows, always while somebody is asking.
-fn kill_workers(progress: &mut Progress, pod_uid: &str, asking: &AtomicU32) -> anyhow::Result<()> {
+/// Kills the worker of a pod's daemon, and each that follows, always while the runtime is attached to it
+/// and somebody is asking.
+fn kill_workers(
+    progress: &mut Progress,
+    pod_uid: &str,
+    daemon: &Client,
+    asking: &AtomicU32,
+) -> anyhow::Result<()> {
     let mut former = None;
     for kill in 1..=KILLS {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         let worker = loop {
             let worker = worker_of(pod_uid)?;
-            if worker.is_some() && worker != former && asking.load(Ordering::Acquire) > 0 {
+            let is_new = worker.is_some() && worker != former;
+            if is_new && is_attached(&daemon_status(daemon)) && asking.load(Ordering::Acquire) > 0 {
                 break worker;
             }
             ensure!(
                 began.elapsed() < WORKER_DURATION_MAX,
-                "no new worker, or nobody asking, before kill {kill} (former worker: {former:?})"
+                "no new worker that is attached while somebody asks, before kill {kill} \
+                 (former worker: {former:?}, status: {})",
+                daemon_status(daemon)
             );
             std::thread::sleep(Duration::from_millis(5));
         };
+        // Spread over what a turn does: lookup, load, commits, the record at its end.
+        std::thread::sleep(KILL_SPREAD * kill);
         let pid = worker.context("a worker was found")?;
         kill_process(pid, Signal::KILL).with_context(|| format!("killing {pid:?}"))?;
         progress.say(format!("killed worker {kill}, process {}", pid.as_raw_nonzero()));

@@ -81,7 +81,9 @@ async fn show(options: &Options, progress: &mut Progress) -> anyhow::Result<()> 
     if disk == 0 {
         bail!("the sixth turn found nothing on disk");
     }
-    println!("\nThe sixth turn took {disk} tokens of history from disk: it outlived its pod.\n");
+    println!(
+        "\nThe sixth turn took {disk} tokens of history from disk: they outlived the first pod.\n"
+    );
     stage.print_what_next(&client);
     Ok(())
 }
