@@ -538,14 +538,12 @@ mod tests {
                 match operation {
                     Operation::Take => {
                         let free = 6 - oracle.blocks.values().filter(|(holders, _)| *holders > 0).count();
-                        match pool.take() {
-                            Some(id) => {
-                                prop_assert!(free > 0);
-                                let before = oracle.blocks.insert(id.0, (1, Content::Blank));
-                                prop_assert!(before.is_none_or(|(holders, _)| holders == 0));
-                                held.push(id);
-                            }
-                            None => prop_assert_eq!(free, 0),
+                        let taken = pool.take();
+                        prop_assert_eq!(taken.is_some(), free > 0);
+                        if let Some(id) = taken {
+                            let before = oracle.blocks.insert(id.0, (1, Content::Blank));
+                            prop_assert!(before.is_none_or(|(holders, _)| holders == 0));
+                            held.push(id);
                         }
                     }
                     Operation::Retain(at) if !held.is_empty() => {
@@ -600,13 +598,11 @@ mod tests {
                     }
                     Operation::ReuseTail(name, tokens) => {
                         let best = oracle.tail(&key(name), &tokens);
-                        match pool.reuse_tail(&key(name), &tokens) {
-                            Some(tail) => {
-                                prop_assert_eq!(tail.tokens as usize, best);
-                                oracle.blocks.insert(tail.block.0, (1, Content::Blank));
-                                held.push(tail.block);
-                            }
-                            None => prop_assert_eq!(best, 0),
+                        let reused = pool.reuse_tail(&key(name), &tokens);
+                        prop_assert_eq!(reused.map_or(0, |tail| tail.tokens as usize), best);
+                        if let Some(tail) = reused {
+                            oracle.blocks.insert(tail.block.0, (1, Content::Blank));
+                            held.push(tail.block);
                         }
                     }
                     Operation::ForgetAll => {

@@ -330,6 +330,7 @@ impl CacheClient {
 
     /// Gives a filled frame to the daemon. All bytes must have been written. Answered by `Committed`,
     /// or by `Detached`.
+    #[expect(clippy::needless_pass_by_value, reason = "a frame can be committed once")]
     pub fn commit(&mut self, frame: FreeFrame, block: NewBlock) -> Result<CommitId, Unavailable> {
         let attachment = self.attachment.as_mut().ok_or(Unavailable)?;
         if !Arc::ptr_eq(frame.span.life(), &attachment.life) {
@@ -445,9 +446,9 @@ impl CacheClient {
     fn send(&mut self, message: Pending) -> Result<(), Unavailable> {
         let attachment = self.attachment.as_mut().ok_or(Unavailable)?;
         attachment.pending.push_back(message);
-        attachment.flush(&mut self.sequences).or_else(|error| {
+        attachment.flush(&mut self.sequences).map_err(|error| {
             self.drop_attachment(&error);
-            Err(Unavailable)
+            Unavailable
         })
     }
 

@@ -349,7 +349,7 @@ impl<C: Cache> Engine<C> {
         let decision = scheduler::schedule(&mut self.state, now, &self.rates);
         // 1. Loads first: a row may only wait for a load that the backend knows.
         for placement in decision.placed {
-            self.start_load(placement);
+            self.start_load(&placement);
         }
         // 2. Then the queue is told, before anything of this step can end.
         for &id in &decision.preempted {

@@ -25,7 +25,9 @@ mod tests {
 
     fn set(sublayers: &[usize], scale: f32) -> SkipSet {
         let mut set = SkipSet::none(4);
-        sublayers.iter().for_each(|&sublayer| set.skip(sublayer, scale));
+        for &sublayer in sublayers {
+            set.skip(sublayer, scale);
+        }
         set
     }
 

@@ -192,12 +192,12 @@ impl<C: Cache> Engine<C> {
     pub(super) fn load_ahead(&mut self) {
         let now = (self.clock)();
         for placement in crate::scheduler::place_ahead(&mut self.state, now, &self.rates) {
-            self.start_load(placement);
+            self.start_load(&placement);
         }
     }
 
     /// Starts the load of a sequence whose blocks were just reserved, and notes what was found where.
-    pub(super) fn start_load(&mut self, placement: Placement) {
+    pub(super) fn start_load(&mut self, placement: &Placement) {
         let id = placement.sequence;
         let mut cached =
             CachedTokens { device: placement.device_tokens, ..CachedTokens::default() };

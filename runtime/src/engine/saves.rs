@@ -208,7 +208,9 @@ impl<F> Saves<F> {
             }
         }
         waited.sort_unstable(); // In chain order: a child is not committed before its parent.
-        waited.into_iter().for_each(|id| self.settle(ends, id));
+        for id in waited {
+            self.settle(ends, id);
+        }
     }
 
     /// The attachment is gone, and with it the frames.
