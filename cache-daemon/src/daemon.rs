@@ -22,6 +22,7 @@ use crate::listen::PeerEvent;
 use crate::metrics::{BlockCounts, DiskStatus, Metrics, Snapshot};
 use crate::store::Store;
 use crate::tier::disk::{Done, Job};
+use crate::tier::host::HostTier;
 use crate::transfer::{Arrival, DiskState, Waiter};
 
 /// How long frames of a dead peer rest: a DMA that it started may still be running.
@@ -33,7 +34,7 @@ const REFORMAT_FLUSH_MAX: Duration = Duration::from_secs(2);
 /// How long the end may take: less than what is left of a pod's grace period after its runtime.
 const STOP_MAX: Duration = Duration::from_secs(20);
 /// A worker whose disk tier failed ends after this, to start clean; host frames survive that.
-const FAILED_DISK_MAX: Duration = Duration::from_secs(60);
+const FAILED_DISK_MAX: Duration = Duration::from_mins(1);
 /// The loop turns at least this often, for leases, idle tails and time to live.
 const TURN_MAX: Duration = Duration::from_millis(200);
 /// Expiry walks the directory this often.
@@ -491,7 +492,8 @@ impl Daemon {
             });
             match pinned {
                 Ok(handle) => {
-                    fetch.arrived.push(FoundBlock { index: waiter.index, handle, tier: Tier::Disk })
+                    let index = waiter.index;
+                    fetch.arrived.push(FoundBlock { index, handle, tier: Tier::Disk });
                 }
                 Err(reason) => {
                     self.metrics.misses.with_label_values(&[reason.label()]).inc();
@@ -530,7 +532,7 @@ impl Daemon {
 
     fn publish(&self) {
         let transfers = &self.store.transfers;
-        let frames = self.store.host.as_ref().map(|host| host.counts()).unwrap_or_default();
+        let frames = self.store.host.as_ref().map(HostTier::counts).unwrap_or_default();
         let sequences = self.attachments.iter().flatten().map(|a| a.sequences.len() as u32).sum();
         self.metrics.publish(Snapshot {
             geometry: self.store.geometry().map(ToString::to_string),

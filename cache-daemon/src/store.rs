@@ -214,19 +214,16 @@ impl Store {
         for Link { index, key } in chain.links {
             let Some(block) = self.directory.get_mut(&key) else { continue };
             block.used_ms = now_ms;
-            match block.host {
-                Some(frame) => match host.pin(frame, waiter.id) {
-                    Ok(handle) => {
-                        found.pinned.push(FoundBlock { index, handle, tier: Tier::Host });
-                    }
-                    Err(error) => {
-                        tracing::error!(frame = frame.0, %error, "frame lost");
-                        found.miss = Some(MissReason::Checksum);
-                    }
-                },
-                None => {
-                    self.transfers.want(key, Waiter { index, ..waiter });
-                    found.on_disk += 1;
+            let Some(frame) = block.host else {
+                self.transfers.want(key, Waiter { index, ..waiter });
+                found.on_disk += 1;
+                continue;
+            };
+            match host.pin(frame, waiter.id) {
+                Ok(handle) => found.pinned.push(FoundBlock { index, handle, tier: Tier::Host }),
+                Err(error) => {
+                    tracing::error!(frame = frame.0, %error, "frame lost");
+                    found.miss = Some(MissReason::Checksum);
                 }
             }
         }

@@ -127,6 +127,11 @@ fn kill_many(
     let daemon = &scene.daemon;
     let view = region_of(daemon);
     let table = until("the region is formatted", || view.table().ok());
+    let is_still = |target: FrameHandle| {
+        table.state(target.frame).is_ok_and(|word| {
+            format!("{:?}", word.state) == state && word.generation == target.generation
+        })
+    };
     let mut inside = 0;
     for kill_number in 0..kills {
         // A worker that serves, and a frame in the wanted state under it.
@@ -142,15 +147,21 @@ fn kill_many(
             if pass_over > 0 && last.replace(found) != Some(found) {
                 pass_over -= 1;
             }
-            (pass_over == 0).then_some(found)
+            if pass_over > 0 {
+                return None;
+            }
+            // Held still first: between our look and the signal the worker may have gone on.
+            kill(worker, rustix::process::Signal::STOP);
+            spin("the worker stands still", || is_in(worker, "TZ").then_some(()));
+            if is_still(found) {
+                return Some(found);
+            }
+            kill(worker, rustix::process::Signal::CONT);
+            None
         });
         kill(worker, rustix::process::Signal::KILL);
-        spin("the worker is dead", || is_dead(worker).then_some(()));
-        let now = table.state(target.frame).ok();
-        let struck = now.is_some_and(|word| {
-            format!("{:?}", word.state) == state && word.generation == target.generation
-        });
-        inside += u32::from(struck);
+        spin("the worker is dead", || is_in(worker, "Z").then_some(()));
+        inside += u32::from(is_still(target));
     }
     let (summary, compared) = peer.stop();
     println!("{state}: {inside} of {kills} kills struck inside; peer: {summary}");
@@ -166,17 +177,16 @@ fn spin<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain until {what}");
+        assert!(begin.elapsed() < Duration::from_mins(1), "waited in vain until {what}");
         std::thread::yield_now();
     }
 }
 
-/// Whether a process runs no more: a zombie, or not even that.
-fn is_dead(pid: i32) -> bool {
-    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Err(_) => true,
-        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')),
-    }
+/// Whether a process is in one of these states (T stopped, Z zombie), or is no more.
+fn is_in(pid: i32, states: &str) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
+    state.is_some_and(|state| states.contains(state))
 }
 
 /// The region, by way of the supervisor's descriptor.

@@ -25,7 +25,7 @@ fn blocks_mean(view: &View) -> u64 {
     let with_history = view.turns.iter().filter(|turn| turn.blocks > 0);
     let (turns, blocks) =
         with_history.fold((0, 0), |(turns, sum), turn| (turns + 1, sum + u64::from(turn.blocks)));
-    if turns == 0 { 1 } else { u64::max(blocks / turns, 1) }
+    blocks.checked_div(turns).unwrap_or(1).max(1)
 }
 
 /// `L_pw = C_mem / S_kv`, at least the next turn.

@@ -263,12 +263,9 @@ impl DiskWorkers {
         let (readers, reader_jobs) = sync_channel(JOBS_MAX);
         let reader_jobs = Arc::new(Mutex::new(reader_jobs));
         let mut threads = Vec::new();
-        let report = {
-            let (done, notify) = (done.clone(), notify.clone());
-            move |event| {
-                let _ = done.send(event); // The loop is gone: nobody needs to know.
-                notify();
-            }
+        let report = move |event| {
+            let _ = done.send(event); // The loop is gone: nobody needs to know.
+            notify();
         };
         let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name).spawn(body)
@@ -308,11 +305,13 @@ impl DiskWorkers {
     }
 
     /// Sends work to the writer; gives it back if too much waits already.
+    #[expect(clippy::result_large_err, reason = "the error is the job itself, given back")]
     pub fn write(&self, job: Job) -> Result<(), Job> {
         send(&self.writer, job)
     }
 
     /// Sends work to the readers; gives it back if too much waits already.
+    #[expect(clippy::result_large_err, reason = "the error is the job itself, given back")]
     pub fn read(&self, job: Job) -> Result<(), Job> {
         send(&self.readers, job)
     }
@@ -326,6 +325,7 @@ impl DiskWorkers {
     }
 }
 
+#[expect(clippy::result_large_err, reason = "the error is the job itself, given back")]
 fn send(queue: &SyncSender<Job>, job: Job) -> Result<(), Job> {
     queue.try_send(job).map_err(|error| match error {
         TrySendError::Full(job) | TrySendError::Disconnected(job) => job,

@@ -146,27 +146,23 @@ impl DiskTier for RocksTier {
         let (mut corrupt, mut count) = (WriteBatch::default(), 0);
         for entry in self.db.iterator_cf(self.family(INDEX), IteratorMode::Start) {
             let (key, value) = entry.map_err(self.error("reading the index"))?;
-            match decode_entry(&key, &value) {
-                Some(stored) => block(stored),
-                None => {
-                    count += 1;
-                    corrupt.delete_cf(self.family(INDEX), &key);
-                    corrupt.delete_cf(self.family(PAYLOAD), &key);
-                }
+            if let Some(stored) = decode_entry(&key, &value) {
+                block(stored);
+            } else {
+                count += 1;
+                corrupt.delete_cf(self.family(INDEX), &key);
+                corrupt.delete_cf(self.family(PAYLOAD), &key);
             }
         }
         for entry in self.db.iterator_cf(self.family(CONVERSATION), IteratorMode::Start) {
             let (key, value) = entry.map_err(self.error("reading conversations"))?;
-            match (<[u8; 32]>::try_from(&*key), decode_record(&value)) {
-                (Ok(id), Some((updated_ms, record))) => conversation(StoredConversation {
-                    id: ConversationId(id),
-                    updated_ms,
-                    bytes: record.len() as u64,
-                }),
-                _ => {
-                    count += 1;
-                    corrupt.delete_cf(self.family(CONVERSATION), &key);
-                }
+            let entry = (<[u8; 32]>::try_from(&*key), decode_record(&value));
+            if let (Ok(id), Some((updated_ms, record))) = entry {
+                let bytes = record.len() as u64;
+                conversation(StoredConversation { id: ConversationId(id), updated_ms, bytes });
+            } else {
+                count += 1;
+                corrupt.delete_cf(self.family(CONVERSATION), &key);
             }
         }
         if count > 0 {

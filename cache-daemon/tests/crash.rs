@@ -1,0 +1,1 @@
+../../tests/tests/crash.rs
