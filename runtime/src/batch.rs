@@ -117,7 +117,7 @@ pub struct Batch {
     pub rows: Vec<Row>,
 }
 
-/// How much each sublayer changed its input, summed over tokens (papers.md 2.1, formulas 1 to 3).
+/// How much each sublayer changed its input, summed over tokens (AdaSkip, arXiv 2501.02336, formulas 1 to 3).
 /// Index `2 * layer` is the layer's attention, `2 * layer + 1` its FFN.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Importance {

@@ -17,7 +17,7 @@ const ROOT_CONTEXT: &str = "colloquy 2026-09 kv root";
 const BLOCK_CONTEXT: &str = "colloquy 2026-09 kv block";
 const CONVERSATION_CONTEXT: &str = "colloquy 2026-09 conversation";
 
-/// Digest of a model: weights, architecture, quantisation, dtype, layout (design.md, "KV").
+/// Digest of a model: weights, architecture, quantisation, dtype, layout.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; KEY_BYTES]);
 

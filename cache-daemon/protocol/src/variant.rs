@@ -1,4 +1,4 @@
-//! How a block was computed: labels that stand beside its key (design.md, "Variant of a block").
+//! How a block was computed: labels that stand beside its key.
 
 use std::fmt;
 

@@ -1,6 +1,6 @@
 //! Which block to move next: pure functions over a [`View`], no clock, no I/O.
 //!
-//! [`lookahead`] is CachedAttention's (papers.md 1.2 c, d); [`lru`] and [`fifo`] are there to compare
+//! [`lookahead`] is CachedAttention's (ATC'24, sections 3.3.1 and 3.3.2); [`lru`] and [`fifo`] are there to compare
 //! with: they see no queue, and promote only what a lookup asks for.
 
 pub mod fifo;

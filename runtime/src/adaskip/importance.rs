@@ -1,4 +1,4 @@
-//! How much each sublayer changes its input: formulas 1 to 3 of papers.md 2.1.
+//! How much each sublayer changes its input: formulas 1 to 3 of AdaSkip (arXiv 2501.02336).
 //!
 //! A backend returns sums over the tokens of a row; here they are added up, and become means that are
 //! weighted by tokens, as in the paper (the official code averages per request).

@@ -1,4 +1,4 @@
-//! AdaSkip (AAAI'25): skip the sublayers that change their input the least (papers.md, part 2).
+//! AdaSkip (AAAI'25, arXiv 2501.02336): skip the sublayers that change their input the least.
 //!
 //! [`importance`] sums what a backend measures, [`policy`] chooses by it, [`presence`] makes the two
 //! phases' sets fit one stored layout. All three are pure: the engine runs the calibration text, once,

@@ -1,6 +1,6 @@
 //! Which sublayers to skip: the count, the one ranking, and a sequence's extras in decode.
 //!
-//! Where the paper and its official code differ (papers.md 2.6), the paper is followed; its bug, a
+//! Where the paper and its official code differ, the paper is followed; its bug, a
 //! threshold that every prefill resets so that no later request gets extras, cannot happen here: beta
 //! is a value of the frozen set, not a state.
 

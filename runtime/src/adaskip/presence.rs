@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn a_later_request_gets_extras_as_the_first_did() {
         // The official code resets its threshold in every prefill, so that from the 21st request on no
-        // extra FFN is ever found (papers.md 2.6).
+        // extra FFN is ever found.
         let sets = SkipSets::new(&config(0, 2, Reuse::Own), &means());
         let window = Means { similarity: vec![Some(0.99); 6], scale: vec![1.0; 6] };
         let mut earlier = None;
