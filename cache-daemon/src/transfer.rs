@@ -377,6 +377,11 @@ impl Store {
             } else {
                 break;
             };
+            // Hinted, then looked up before its turn here: one key in both queues is one read. A second
+            // one would end in another frame than the first, whose place in the table it took.
+            if self.transfers.is_reading(&key) {
+                continue;
+            }
             let Some(block) = self.directory.get(&key) else {
                 failed.extend(self.give_up(&key, MissReason::Evicted));
                 continue;

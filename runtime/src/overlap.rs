@@ -1,6 +1,6 @@
 //! When to load a history, and when not: CachedAttention's buffers as functions of measured rates.
 //!
-//! A history is copied layer by layer ahead of the compute (CachedAttention, ATC'24, section 3.2.1). The copy hides entirely
+//! A history is copied layer by layer ahead of the compute (ATC'24, section 3.2.1). The copy hides entirely
 //! behind the prefill of the new tokens while `T_load * L_hist <= T_pref * L_new`; otherwise it must
 //! have begun earlier, by
 //!
