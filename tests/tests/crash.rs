@@ -167,7 +167,9 @@ fn kill_many(
     println!("{state}: {inside} of {kills} kills struck inside; peer: {summary}");
     assert!(inside * 10 >= kills * 9, "{inside} of {kills} kills struck inside");
     assert!(compared > 0, "the peer compared nothing: {summary}");
-    assert_eq!(daemon.status_u64("/worker_starts"), u64::from(kills) + 1);
+    let starts = || view.worker_starts().load(kv_protocol::sync::Ordering::Relaxed);
+    until("the last worker has started", || (starts() > u64::from(kills)).then_some(()));
+    assert_eq!(starts(), u64::from(kills) + 1, "a worker ended by itself");
 }
 
 /// As `until`, without pauses: the states last for microseconds.
