@@ -1,6 +1,6 @@
 //! The directory: which blocks exist, what they follow, and in which tiers they are. Pure data.
 //!
-//! **Invariants** (checked by [`Directory::self_check`] in tests)
+//! **Invariants** (checked by `Directory::self_check` in tests)
 //! - A key is in `blocks` exactly while the block is in at least one tier.
 //! - `children[parent]` lists exactly the known blocks with that parent: the full ones, and the partial
 //!   ones that make open children ("Tail blocks").

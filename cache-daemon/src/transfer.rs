@@ -1,6 +1,6 @@
 //! Moves between tiers: promotes for lookups and for hints, write-behind, demotes, drops from disk.
 //!
-//! Each move is begun here and ends in [`Store::finish`], when a disk thread has done its part; the loop
+//! Each move is begun here and ends in `Store::finish`, when a disk thread has done its part; the loop
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
