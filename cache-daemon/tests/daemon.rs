@@ -124,9 +124,10 @@ fn blocks_and_records_survive_the_whole_daemon() {
     until("the index is read", || {
         (daemon.status().pointer("/disk/state")? == "ready").then_some(())
     });
-    let expected = Loaded { host: 0, disk: 21, tokens: tokens.len(), miss: None };
-    assert_eq!(driver.load(&tokens).unwrap(), expected);
-    let expected = Loaded { host: 21, disk: 0, ..expected };
+    // A hint may have brought some into frames before the lookup: then they are told as from host.
+    let loaded = driver.load(&tokens).unwrap();
+    assert_eq!((loaded.host + loaded.disk, loaded.tokens), (21, tokens.len()), "{loaded:?}");
+    let expected = Loaded { host: 21, disk: 0, tokens: tokens.len(), miss: None };
     assert_eq!(driver.load(&tokens).unwrap(), expected);
     assert_eq!(daemon.status_u64("/writes"), 0); // Inclusive: written once in their lives.
 }
@@ -154,7 +155,9 @@ fn sealed_blocks_survive_a_killed_supervisor() {
     let daemon = start(dir.path(), 64, &[]);
     let mut driver = Driver::attach(&daemon.socket, geometry());
     until("the index is read", || (daemon.status_u64("/blocks/disk") == 12).then_some(()));
-    assert_eq!(driver.load(&tokens).unwrap().disk, 12);
+    // A hint may have brought some into frames before the lookup: then they are told as from host.
+    let loaded = driver.load(&tokens).unwrap();
+    assert_eq!((loaded.host + loaded.disk, loaded.tokens), (12, tokens.len()), "{loaded:?}");
 }
 
 #[test]
