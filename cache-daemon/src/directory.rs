@@ -58,6 +58,9 @@ pub struct Block {
     pub host: Option<FrameIndex>,
     /// Where it stands with the disk.
     pub disk: OnDisk,
+    /// A hint brought it from disk, and no lookup has found it since. The first one that does is told
+    /// `Disk`: that is where its turn's KV was kept, however early the hint was.
+    pub hinted: bool,
 }
 
 impl Block {
@@ -75,6 +78,7 @@ impl Block {
             arrival: 0,
             host: None,
             disk: OnDisk::Absent,
+            hinted: false,
         }
     }
 

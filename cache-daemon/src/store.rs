@@ -139,6 +139,7 @@ impl Store {
     pub(crate) fn leave_host(&mut self, key: &BlockKey, reason: MissReason) {
         let Some(block) = self.directory.get_mut(key) else { return };
         block.host = None;
+        block.hinted = false;
         if block.disk == OnDisk::Absent {
             self.directory.remove(key, reason);
         }
@@ -220,7 +221,11 @@ impl Store {
                 continue;
             };
             match host.pin(frame, waiter.id) {
-                Ok(handle) => found.pinned.push(FoundBlock { index, handle, tier: Tier::Host }),
+                Ok(handle) => {
+                    let hinted = std::mem::take(&mut block.hinted);
+                    let tier = if hinted { Tier::Disk } else { Tier::Host };
+                    found.pinned.push(FoundBlock { index, handle, tier });
+                }
                 Err(error) => {
                     tracing::error!(frame = frame.0, %error, "frame lost");
                     found.miss = Some(MissReason::Checksum);

@@ -701,6 +701,7 @@ impl Store {
             return Some(Arrival { result: Err(MissReason::Checksum), waiters });
         }
         block.host = Some(frame);
+        block.hinted = reading.by_hint && waiters.is_empty();
         block.arrival = arrival;
         if reading.by_hint {
             self.transfers.promotes_by_hint += 1;

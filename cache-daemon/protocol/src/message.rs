@@ -524,13 +524,13 @@ impl KeyList {
     }
 }
 
-/// Where a found block was when it was asked for.
+/// Where a found block was kept since the last turn that used it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Tier {
     /// In a frame.
     Host = 1,
-    /// On disk.
+    /// On disk, even if a hint has promoted it before the lookup.
     Disk = 2,
 }
 
