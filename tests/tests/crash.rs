@@ -11,7 +11,6 @@
 //!
 //! `COLLOQUY_CRASH_KILLS` sets the kills of each kind (200).
 
-#[path = "../../cache-daemon/tests/support/mod.rs"]
 mod support;
 
 use std::io::{Read, Write};
@@ -26,8 +25,8 @@ use kv_protocol::frame::Owner;
 use kv_protocol::message::FrameHandle;
 use kv_protocol::table::{AttachmentState, FrameTable, RegionView};
 use kv_protocol::{AttachmentId, FrameState};
-use serde_json::{Value, json};
-use support::{Daemon, Driver, conversation, geometry, kill, region_bytes, until};
+use support::daemon::{self, Daemon, Driver, conversation, geometry, kill, region_bytes, until};
+use support::{Client, Runtime, beside_us, prompt};
 
 /// Tells `the_peer` which socket; without it there is nothing to do.
 const PEER_SOCKET: &str = "COLLOQUY_CRASH_SOCKET";
@@ -209,17 +208,6 @@ fn region_of(daemon: &Daemon) -> RegionView {
     RegionView::new(region)
 }
 
-/// A real binary, beside this test's own in the target folder.
-fn beside_us(name: &str, variable: &str) -> PathBuf {
-    if let Some(path) = std::env::var_os(variable) {
-        return path.into();
-    }
-    let test = std::env::current_exe().expect("our own path");
-    let binary = test.parent().and_then(Path::parent).expect("target/ci/deps").join(name);
-    assert!(binary.exists(), "{} is missing: cargo build --profile ci -p {name}", binary.display());
-    binary
-}
-
 /// SmolLM2's file, if that model is asked for.
 fn smollm2() -> Option<PathBuf> {
     let asked = std::env::var("COLLOQUY_CRASH_MODEL").is_ok_and(|model| model == "smollm2");
@@ -276,7 +264,7 @@ impl Drop for DriverPeer {
 
 /// The real runtime, with two clients that hold conversations over HTTP.
 struct RuntimePeer {
-    runtime: Child,
+    runtime: Runtime,
     stop: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Answers>>,
 }
@@ -295,79 +283,32 @@ impl RuntimePeer {
             runtime::weights::random::write_tiny_gguf(&path, 7).expect("the tiny model");
             path
         });
-        let address = {
-            // Free now; taken by nobody else on a loopback address, as far as tests go.
-            let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-            probe.local_addr().expect("its address")
-        };
-        let runtime = Command::new(beside_us("runtime", "COLLOQUY_RUNTIME"))
-            .arg("--model")
-            .arg(model)
-            .arg(format!("--cache-socket={}", scene.daemon.socket.display()))
-            .arg(format!("--http={address}"))
-            .args(["--served-name=crash", "--device-bytes=64Mi", "--tokens-per-block=16"])
-            .args(["--threads=1", "--admin", "--log=error"])
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("the runtime starts");
+        let runtime = Runtime::start(&model, Some(&scene.daemon.socket), &["--device-bytes=64Mi"]);
         let stop = Arc::new(AtomicBool::new(false));
-        let mut peer = Self { runtime, stop, clients: Vec::new() };
-        let agent = agent();
-        until("the runtime is ready", || {
-            let ended = peer.runtime.try_wait().expect("our own child");
-            assert!(ended.is_none(), "the runtime ended: {ended:?}");
-            let health = agent.get(format!("http://{address}/health")).call().ok()?;
-            (health.status() == 200).then_some(())
+        let clients = (0..2).map(|number| {
+            let (client, stop) = (runtime.client(), stop.clone());
+            std::thread::spawn(move || hold_conversations(&client, number, &stop))
         });
-        for number in 0..2 {
-            let stop = peer.stop.clone();
-            let client = move || hold_conversations(&format!("http://{address}"), number, &stop);
-            peer.clients.push(std::thread::spawn(client));
-        }
-        peer
+        Self { clients: clients.collect(), runtime, stop }
     }
-}
-
-fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder().http_status_as_error(false).build().into()
 }
 
 /// Asks each question twice, with what the cache has and cold, until told to stop. A request that fails,
 /// or an answer that differs, fails the test.
-fn hold_conversations(base: &str, client: u32, stop: &AtomicBool) -> Answers {
-    let agent = agent();
-    let post = |path: &str, body: &Value| {
-        let answer = agent.post(format!("{base}{path}")).send(body.to_string().as_bytes());
-        let mut answer = answer.expect("the runtime answers");
-        let status = answer.status().as_u16();
-        let text = answer.body_mut().read_to_string().expect("text");
-        assert_eq!(status, 200, "{text}");
-        serde_json::from_str::<Value>(&text).unwrap_or_default()
-    };
+fn hold_conversations(client: &Client, number: u32, stop: &AtomicBool) -> Answers {
     let mut answers = Answers::default();
     for turn in 0.. {
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let conversation = turn % CONVERSATIONS + client * CONVERSATIONS;
-        let tokens: Vec<u32> =
-            (0..TOKENS).map(|position| 3 + (position * 7 + conversation * 31) % 200).collect();
-        let ask = |salt: &str| {
-            let body = json!({
-                "prompt_token_ids": tokens, "max_tokens": 6, "temperature": 0,
-                "ignore_eos": true, "cache_salt": salt,
-            });
-            post("/v1/chat/completions", &body)
-        };
-        let warm = ask("");
-        let cold = ask(&format!("cold {client} {turn}"));
-        let text = |reply: &Value| reply.pointer("/choices/0/message/content").cloned();
-        assert!(text(&warm).is_some(), "no answer in {warm}");
-        assert_eq!(text(&warm), text(&cold), "conversation {conversation}, turn {turn}");
-        let cached = warm.pointer("/usage/prompt_tokens_details/cached_tokens");
-        answers.cached_tokens += cached.and_then(Value::as_u64).unwrap_or(0);
+        let conversation = turn % CONVERSATIONS + number * CONVERSATIONS;
+        let tokens = prompt(conversation, TOKENS);
+        let warm = client.ask(&tokens, "");
+        let cold = client.ask(&tokens, &format!("cold {number} {turn}"));
+        assert_eq!(warm.text, cold.text, "conversation {conversation}, turn {turn}");
+        answers.cached_tokens += warm.cached_tokens;
         answers.compared += 1;
-        post("/admin/device-cache/clear", &json!({})); // The next turn loads its history from frames.
+        client.clear_device(); // The next turn loads its history from frames.
     }
     answers
 }
@@ -385,20 +326,11 @@ impl Peer for RuntimePeer {
             sum.compared += answers.compared;
             sum.cached_tokens += answers.cached_tokens;
         }
-        kill(self.runtime.id() as i32, rustix::process::Signal::TERM);
-        let status = self.runtime.wait().expect("our own child");
-        assert!(status.success(), "the runtime ended with {status}");
+        self.runtime.stop();
         assert!(sum.cached_tokens > 0, "no history ever came from the cache");
         let Answers { compared, cached_tokens } = sum;
         let words = format!("{compared} answers equal, {cached_tokens} tokens from the cache");
         (words, compared)
-    }
-}
-
-impl Drop for RuntimePeer {
-    fn drop(&mut self) {
-        let _ = self.runtime.kill(); // Ended already, normally.
-        let _ = self.runtime.wait();
     }
 }
 
@@ -425,7 +357,7 @@ fn the_peer() {
                 blocks += checked as u64;
                 rounds += 1;
             }
-            Err(support::Detached) => detached += 1,
+            Err(daemon::Detached) => detached += 1,
         }
     }
     let stats = driver.client.stats();
@@ -439,13 +371,13 @@ fn the_peer() {
 }
 
 /// A turn: load the history, hold it while a "step" reads it several times, save what is new.
-fn one_turn(driver: &mut Driver, tokens: &[u32]) -> Result<usize, support::Detached> {
+fn one_turn(driver: &mut Driver, tokens: &[u32]) -> Result<usize, daemon::Detached> {
     let sequence = driver.enqueue(tokens, 0);
     let (history, miss) = driver.pin(sequence)?;
     let mut checked = 0;
     for _ in 0..3 {
         if !driver.client.is_attached() {
-            return Err(support::Detached);
+            return Err(daemon::Detached);
         }
         driver.check(tokens, &history, miss);
         checked += history.len();

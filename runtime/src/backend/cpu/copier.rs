@@ -24,6 +24,10 @@ pub trait Probe: Send + Sync {
     fn before_load_layer(&self, load: LoadId, layer: usize) {
         let _ = (load, layer);
     }
+    /// The compute thread is about to wait for the layer's loads, with the layer's new K and V in hand.
+    fn waits_for_loads(&self, step: StepId, layer: usize) {
+        let _ = (step, layer);
+    }
     /// The compute thread has finished a layer of a step.
     fn computed_layer(&self, step: StepId, layer: usize) {
         let _ = (step, layer);

@@ -215,7 +215,7 @@ impl Compute {
         let mut spans = self.spans(&work.batch);
         self.embed(&spans);
         for layer in 0..self.config.layers {
-            self.attention(layer, &mut spans, work, &mut waited);
+            self.attention(layer, &mut spans, work, ends, &mut waited);
             self.ffn(layer, &spans);
             ends.queue.computed(Computed { step: work.step.0, layers: layer + 1 });
             ends.probe.computed_layer(work.step, layer);
@@ -375,6 +375,7 @@ impl Compute {
         layer: usize,
         spans: &mut [Span<'_>],
         work: &Work,
+        ends: &Ends,
         waited: &mut Duration,
     ) {
         let (running, listed) = self.prologue(2 * layer, spans, |span| span.attention_mode(layer));
@@ -410,6 +411,7 @@ impl Compute {
         }
         // Before the row's own K and V are stored, not only before they are read: a tail that is being
         // loaded shares its block with the first new tokens.
+        ends.probe.waits_for_loads(work.step, layer);
         for (span, waits) in spans.iter_mut().zip(&work.waits) {
             if matches!(span.attention_mode(layer), Mode::Run | Mode::Backfill(_)) {
                 let failed =

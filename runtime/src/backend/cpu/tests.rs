@@ -299,6 +299,40 @@ fn layer_0_computes_before_the_last_layer_has_arrived() {
     assert!(at("load 2") < at("compute 2"), "{order:?}");
 }
 
+/// Holds each layer of a load back until the compute thread has come to wait for it.
+struct HoldUntilWaitedFor(Mutex<Sender<usize>>, Mutex<Receiver<usize>>);
+
+impl Probe for HoldUntilWaitedFor {
+    fn before_load_layer(&self, _: LoadId, layer: usize) {
+        let waits = self.1.lock().unwrap().recv_timeout(PATIENCE);
+        assert_eq!(waits, Ok(layer));
+    }
+    fn waits_for_loads(&self, step: StepId, layer: usize) {
+        if step == StepId(1) {
+            self.0.lock().unwrap().send(layer).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_tail_that_arrives_late_does_not_overwrite_the_new_tokens_in_its_block() {
+    let (waits, heard) = channel();
+    let probe = Arc::new(HoldUntilWaitedFor(Mutex::new(waits), Mutex::new(heard)));
+    let mut harness = Harness::with_probe(2, probe);
+    let tokens = prompt(9, 44);
+    // The frame of the last block holds the first eight of its tokens, and nothing in the places of
+    // the four that are computed again.
+    harness.run(vec![row(1, tokens[..40].to_vec(), 0..3)]);
+    let frames = save(&mut harness, 0..3);
+    harness.backend.load(load_plan(1, &frames, 8));
+    let mut cached = row(2, tokens[40..].to_vec(), 8..11);
+    cached.position = 40;
+    cached.waits = vec![LoadId(1)];
+    let got = harness.run(vec![cached]);
+    let want = Harness::new(2).run(vec![row(3, tokens, 0..3)]);
+    assert_eq!(bits(&got.rows[0]), bits(&want.rows[0]));
+}
+
 #[test]
 fn a_wrong_checksum_fails_its_row_and_no_other() {
     let mut harness = Harness::new(2);
