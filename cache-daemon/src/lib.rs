@@ -12,6 +12,7 @@ pub mod config;
 pub mod conversation;
 pub mod daemon;
 pub mod directory;
+pub mod handback;
 pub mod http;
 pub mod listen;
 pub mod metrics;

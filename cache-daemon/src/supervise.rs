@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, WaitOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
+use crate::handback;
 use crate::shm::map::{self, MapError};
 
 /// A worker that dies before this has not even started: pauses grow.
@@ -63,8 +64,17 @@ async fn supervise(config: &Config) -> Result<(), SuperviseError> {
     let mut terminate = handler(SignalKind::terminate(), "handling SIGTERM")?;
     let mut interrupt = handler(SignalKind::interrupt(), "handling SIGINT")?;
     let mut child = handler(SignalKind::child(), "handling SIGCHLD")?;
-    let memfd = map::create(config.host_bytes)?;
+    let had_predecessor = config.socket.exists();
     let listener = listen(&config.socket)?;
+    let handed_back =
+        had_predecessor.then(|| handback::wait(&listener, config.host_bytes)).flatten();
+    let memfd = match handed_back {
+        Some(memfd) => {
+            tracing::info!("the region of an earlier supervisor was handed back");
+            memfd
+        }
+        None => map::create(config.host_bytes)?,
+    };
     for descriptor in [memfd.as_fd(), listener.as_fd()] {
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())
             .map_err(|errno| io("passing descriptors on")(errno.into()))?;

@@ -158,6 +158,24 @@ fn sealed_blocks_survive_a_killed_supervisor() {
 }
 
 #[test]
+fn host_frames_survive_the_whole_sidecar_while_a_runtime_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    // A tail that never goes to disk: it can come back from frames only.
+    let flags = ["--tail-idle-seconds=3600"];
+    let daemon = start(dir.path(), 64, &flags);
+    let mut driver = Driver::attach(&daemon.socket, geometry());
+    let tokens = conversation(1, 16 * 6 + 5);
+    driver.save(&tokens).unwrap();
+    drop(daemon); // SIGKILL.
+    while driver.next_event().is_ok() {}
+    let daemon = start(dir.path(), 64, &flags);
+    driver.wait_attached();
+    let expected = Loaded { host: 7, disk: 0, tokens: tokens.len(), miss: None };
+    assert_eq!(driver.load(&tokens).unwrap(), expected);
+    assert_eq!(daemon.status_u64("/worker_starts"), 2);
+}
+
+#[test]
 fn with_room_for_one_of_three_conversations_hints_bring_them_back_in_time() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = start(dir.path(), 24, &[]);

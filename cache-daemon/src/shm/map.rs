@@ -47,6 +47,14 @@ pub fn create(bytes: u64) -> Result<OwnedFd, MapError> {
     Ok(memfd)
 }
 
+/// Whether a descriptor is a region of `bytes` that nobody can cut short.
+pub fn is_region(memfd: &OwnedFd, bytes: u64) -> bool {
+    let seals = rustix::fs::fcntl_get_seals(memfd); // Files that are no memfd have none.
+    let size = rustix::fs::fstat(memfd).map(|stat| stat.st_size);
+    seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK | SealFlags::GROW))
+        && size.is_ok_and(|size| u64::try_from(size) == Ok(bytes))
+}
+
 /// Maps the region.
 pub fn map(memfd: &OwnedFd) -> Result<Region, MapError> {
     let io = |what, bytes| move |source| MapError::Io { what, bytes, source };

@@ -2,8 +2,8 @@
 //! socket's end, and begins again. Nothing here runs on the engine thread.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
@@ -16,7 +16,10 @@ use kv_protocol::handshake::{
 use kv_protocol::table::{FormatError, RegionView};
 use kv_protocol::{Fingerprint, Geometry, Mapping, Region, RegionError};
 use rustix::fs::SealFlags;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 
 use super::bell::Waker;
 use super::span::AttachmentLife;
@@ -142,6 +145,13 @@ impl Drop for Link {
     }
 }
 
+struct Mapped {
+    file: File,
+    /// Device and inode.
+    identity: (u64, u64),
+    region: Region,
+}
+
 struct Worker {
     config: CacheConfig,
     client: ClientToken,
@@ -149,8 +159,9 @@ struct Worker {
     events: SyncSender<LinkEvent>,
     stopped: Receiver<()>,
     socket: Arc<Mutex<Option<UnixStream>>>,
-    /// The region mapped last: a worker that restarts passes the same memory again.
-    mapped: Option<((u64, u64), Region)>,
+    /// The region mapped last: a worker that restarts passes the same memory again, and a supervisor
+    /// that restarts gets it back from here.
+    mapped: Option<Mapped>,
     previous: Weak<AttachmentLife>,
 }
 
@@ -202,7 +213,7 @@ impl Worker {
             client: self.client,
             quiescent: self.previous.strong_count() == 0,
         };
-        socket.write_all(&hello.encode()).map_err(io)?;
+        send_hello(&socket, &hello, self.mapped.as_ref().map(|mapped| &mapped.file)).map_err(io)?;
         let (welcome, descriptor) = receive_welcome(&mut socket, &path)?;
         let region = self.map(descriptor, &welcome, &path)?;
         let view = RegionView::new(region);
@@ -239,14 +250,14 @@ impl Worker {
             use std::os::unix::fs::MetadataExt;
             (metadata.dev(), metadata.ino())
         };
-        if let Some((mapped, region)) = &self.mapped
-            && *mapped == identity
-            && region.bytes() == welcome.region_bytes
+        if let Some(mapped) = &self.mapped
+            && mapped.identity == identity
+            && mapped.region.bytes() == welcome.region_bytes
         {
-            return Ok(region.clone());
+            return Ok(mapped.region.clone());
         }
         let region = Region::new(Arc::new(SharedMap::new(&file).map_err(io)?))?;
-        self.mapped = Some((identity, region.clone()));
+        self.mapped = Some(Mapped { file, identity, region: region.clone() });
         Ok(region)
     }
 
@@ -280,6 +291,20 @@ impl Worker {
         }
         true
     }
+}
+
+/// Says hello. The region mapped last goes along: only a supervisor that has lost its own takes it.
+fn send_hello(socket: &UnixStream, hello: &Hello, region: Option<&File>) -> std::io::Result<()> {
+    let bytes = hello.encode();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors: Vec<_> = region.into_iter().map(AsFd::as_fd).collect();
+    if !descriptors.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    }
+    let io = [std::io::IoSlice::new(&bytes)];
+    let sent = rustix::net::sendmsg(socket, &io, &mut ancillary, SendFlags::NOSIGNAL)?;
+    if sent == bytes.len() { Ok(()) } else { Err(std::io::Error::other("hello cut short")) }
 }
 
 fn receive_welcome(
