@@ -12,7 +12,7 @@ CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime fmt weights tools prepare
+.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime bench-hints fmt weights tools prepare
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong 
 bench-runtime: build weights ## Runtime speed against llama.cpp and against itself, as `figure NAME VALUE UNIT`
 	@bench/peer.sh
 	@$(BIN)/bench_runtime
+
+bench-hints: build ## What hints, lookups and credits cost an engine step, all cores busy
+	@$(BIN)/bench_hints
 
 fmt: ## Format all Rust code
 	@cargo fmt --all

@@ -13,6 +13,8 @@ mod ttft;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use colloquy_tests::cluster::repository;
+use colloquy_tests::figures::{cpu_name, figure, median, write_raw};
 use serde_json::json;
 
 use compute::Compute;
@@ -46,16 +48,6 @@ fn prompt(tokens: usize, vocab: usize) -> Vec<u32> {
         .collect()
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-fn figure(name: &str, value: f64, unit: &str) {
-    println!("figure {name} {value:.3} {unit}");
-}
-
 fn cache_folder() -> PathBuf {
     std::env::var_os("COLLOQUY_CACHE").map_or_else(
         || {
@@ -64,11 +56,6 @@ fn cache_folder() -> PathBuf {
         },
         PathBuf::from,
     )
-}
-
-/// The repository that this binary was built from.
-fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 #[derive(Default)]
@@ -118,7 +105,7 @@ fn main() -> anyhow::Result<()> {
     let programs = programs.parent().context("a program lies in a folder")?;
     let ttft = ttft::measure(programs, &path, THREADS, vocab, TTFT_ROUNDS.min(rounds_wanted))?;
     report_ttft(&ttft);
-    write_raw(&rounds, &ttft)
+    keep(&rounds, &ttft)
 }
 
 fn report(rounds: &Rounds) {
@@ -147,29 +134,21 @@ fn report_ttft(ttft: &Ttft) {
     figure("ttft_disk_vs_cold", disk / cold, "ratio");
 }
 
-fn write_raw(rounds: &Rounds, ttft: &Ttft) -> anyhow::Result<()> {
-    let results = repository().join("bench/results");
-    std::fs::create_dir_all(&results)?;
-    let raw = json!({
-        "threads": THREADS,
-        "class": runtime::backend::cpu::instruction_class(),
-        "cpu": cpu_name(),
-        "prefill_512_tokens_per_second": rounds.prefill,
-        "decode_batch1_tokens_per_second": rounds.decode_1,
-        "decode_batch8_tokens_per_second": rounds.decode_8,
-        "llama_cpp_prefill_512_tokens_per_second": rounds.peer_prefill,
-        "llama_cpp_decode_tokens_per_second": rounds.peer_decode,
-        "ttft_cold_seconds": ttft.cold,
-        "ttft_host_seconds": ttft.host,
-        "ttft_disk_seconds": ttft.disk,
-    });
-    let path = results.join("runtime-cpu.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&raw)? + "\n")
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = info.lines().find(|line| line.starts_with("model name"));
-    line.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown").to_owned()
+fn keep(rounds: &Rounds, ttft: &Ttft) -> anyhow::Result<()> {
+    write_raw(
+        "runtime-cpu",
+        &json!({
+            "threads": THREADS,
+            "class": runtime::backend::cpu::instruction_class(),
+            "cpu": cpu_name(),
+            "prefill_512_tokens_per_second": rounds.prefill,
+            "decode_batch1_tokens_per_second": rounds.decode_1,
+            "decode_batch8_tokens_per_second": rounds.decode_8,
+            "llama_cpp_prefill_512_tokens_per_second": rounds.peer_prefill,
+            "llama_cpp_decode_tokens_per_second": rounds.peer_decode,
+            "ttft_cold_seconds": ttft.cold,
+            "ttft_host_seconds": ttft.host,
+            "ttft_disk_seconds": ttft.disk,
+        }),
+    )
 }

@@ -116,6 +116,9 @@ impl Server {
     /// Host memory is empty afterwards; the disk is not.
     fn restart_daemon(&mut self) -> anyhow::Result<()> {
         self.daemon.stop()?;
+        // As on another node: with the old socket gone, nobody waits for the runtime to hand the
+        // region back.
+        std::fs::remove_file(self.folder.path().join("daemon.sock"))?;
         self.daemon = start_daemon(&self.programs, self.folder.path(), self.daemon_http)?;
         std::thread::sleep(SETTLE);
         Ok(())
