@@ -12,6 +12,8 @@ pub struct Generate {
     pub tokens: Vec<u32>,
     /// Tenant and `cache_salt`, hashed into the root of the block keys: two salts never share KV.
     pub salt: Salt,
+    /// What the cache may do for it.
+    pub cache: CacheUse,
     /// The client's name for the conversation, if it gave one; kept beside its record.
     pub conversation: Option<Arc<str>>,
     /// Sampling settings; `seed` is drawn by http where the client gave none.
@@ -27,6 +29,15 @@ pub struct Generate {
 /// See [`Generate::salt`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Salt(pub Arc<[u8]>);
+
+/// What a request lets the cache do: the words of HTTP's `Cache-Control`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CacheUse {
+    /// Everything is computed, whatever is known. What comes of it is kept as ever.
+    pub no_read: bool,
+    /// Nothing that this request computes stays in any tier, and its turn is not recorded.
+    pub no_store: bool,
+}
 
 /// As in the OpenAI API and vLLM's extensions.
 #[derive(Debug, Clone, PartialEq)]

@@ -27,7 +27,7 @@ use crate::adaskip::policy::Reuse;
 use crate::adaskip::presence::SkipSets;
 use crate::batch::{BlockId, Importance, LoadId, Phase, Sampling, SequenceId};
 use crate::block_pool::Origin;
-use crate::request::{CachedTokens, Event, Generate, SamplingParams};
+use crate::request::{CacheUse, CachedTokens, Event, Generate, SamplingParams};
 
 /// Whether a waiting sequence may go on, seen from the scheduler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +112,8 @@ pub struct Sequence {
     pub prompt_len: u32,
     /// Start of the chain.
     pub root: RootKey,
+    /// What its request lets the cache do.
+    pub cache: CacheUse,
     /// Keys of the full blocks of `tokens`.
     pub keys: Vec<BlockKey>,
     /// Device blocks in token order.
@@ -174,6 +176,7 @@ impl Sequence {
             prompt_len: request.tokens.len() as u32,
             tokens: request.tokens,
             root,
+            cache: request.cache,
             keys: Vec::new(),
             table: Vec::new(),
             computed: 0,
@@ -308,6 +311,9 @@ impl Sequence {
     /// Leading tokens whose KV may come from elsewhere: not the last one, and under `Own` nothing
     /// that this sequence would compute otherwise than a prefill does.
     pub fn reusable(&self, sets: &SkipSets) -> u32 {
+        if self.cache.no_read {
+            return 0;
+        }
         let own_end = match &self.extras {
             _ if !sets.decode_is_own() => self.prompt_len,
             Extras::From { position, .. } => *position,
@@ -334,9 +340,10 @@ impl Sequence {
         if end <= self.own { Origin::Own } else { Origin::Mixed }
     }
 
-    /// Leading tokens whose KV some reader would take.
+    /// Leading tokens whose KV some reader would take, and may.
     pub fn storable(&self, sets: &SkipSets) -> u32 {
         match sets.reuse {
+            _ if self.cache.no_store => 0,
             Reuse::Own => self.own,
             Reuse::Any => self.computed,
         }
@@ -345,6 +352,7 @@ impl Sequence {
     /// [`Self::storable`] once the next `tokens` are computed under `skip`.
     pub fn storable_after(&self, tokens: u32, skip: &SkipSet, sets: &SkipSets) -> u32 {
         match sets.reuse {
+            _ if self.cache.no_store => 0,
             Reuse::Own if self.own == self.computed && *skip == *sets.prefill => self.own + tokens,
             Reuse::Own => self.own,
             Reuse::Any => self.computed + tokens,

@@ -93,6 +93,7 @@ impl Generation {
         (service.submit)(Command::Generate(Generate {
             tokens: prepared.tokens,
             salt: Salt(request.cache_salt.as_bytes().into()),
+            cache: request.cache,
             conversation: conversation.map(Into::into),
             sampling: request.sampling.clone(),
             tokens_max,
@@ -106,7 +107,7 @@ impl Generation {
             reply: Reply::new(request.stops.clone()),
             prompt_tokens,
             cached: CachedTokens::default(),
-            turn: prepared.turn,
+            turn: prepared.turn.filter(|_| !request.cache.no_store),
         })
     }
 

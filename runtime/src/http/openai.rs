@@ -6,7 +6,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::TokenReport;
 use crate::batch::TokenLogprob;
-use crate::request::{CachedTokens, FinishReason, SamplingParams};
+use crate::request::{CacheUse, CachedTokens, FinishReason, SamplingParams};
 use crate::text::template::TemplateMessage;
 use crate::text::tokenizer::Tokenizer;
 
@@ -50,6 +50,8 @@ pub struct ReplyRequest {
     pub stream: bool,
     /// A stream's last chunk holds the usage.
     pub include_usage: bool,
+    /// What the cache may do.
+    pub cache: CacheUse,
     /// Separates KV: two salts never share any.
     pub cache_salt: String,
     /// The conversation's name in the body (`prompt_cache_key`).
@@ -93,6 +95,7 @@ impl ReplyRequest {
             stops: take_stops(&mut fields)?,
             stream: fields.take("stream")?.unwrap_or(false),
             include_usage: take_stream_options(&mut fields)?,
+            cache: take_cache(&mut fields)?,
             cache_salt: take_name(&mut fields, "cache_salt")?.unwrap_or_default(),
             conversation: take_name(&mut fields, "prompt_cache_key")?,
         };
@@ -103,6 +106,17 @@ impl ReplyRequest {
         }
         Ok(request)
     }
+}
+
+fn take_cache(fields: &mut Fields) -> Result<CacheUse, ApiError> {
+    let Some(value) = fields.take::<Value>("cache")? else { return Ok(CacheUse::default()) };
+    let mut fields = Fields::of_value("cache", value)?;
+    let cache = CacheUse {
+        no_read: fields.take("no_read")?.unwrap_or(false),
+        no_store: fields.take("no_store")?.unwrap_or(false),
+    };
+    fields.finish()?;
+    Ok(cache)
 }
 
 fn take_messages(fields: &mut Fields) -> Result<Option<Vec<TemplateMessage>>, ApiError> {
@@ -595,8 +609,10 @@ mod tests {
             "logprobs": true, "top_logprobs": 2, "n": 1, "max_completion_tokens": 5, "user": "u",
             "cache_salt": "s", "prompt_cache_key": "c", "ignore_eos": true, "tools": [],
             "response_format": { "type": "text" }, "presence_penalty": 0.0, "logit_bias": null,
+            "cache": { "no_read": true },
         }))
         .unwrap();
+        assert_eq!(request.cache, CacheUse { no_read: true, no_store: false });
         assert_eq!(request.tokens_max, Some(5));
         assert_eq!(request.sampling.top_k, 0);
         assert_eq!(request.sampling.seed, (-3_i64).cast_unsigned());
@@ -650,6 +666,9 @@ mod tests {
             (json!({ "prompt_token_ids": [1] }), "prompt_token_ids"),
             (json!({ "prompt_token_ids": [-1] }), "prompt_token_ids"),
             (json!({ "cache_salt": "x".repeat(257) }), "cache_salt"),
+            (json!({ "cache": true }), "cache"),
+            (json!({ "cache": { "no_store": 1 } }), "cache.no_store"),
+            (json!({ "cache": { "no_write": true } }), "cache.no_write"),
             (json!({ "messages": [] }), "messages"),
             (json!({ "messages": null }), "messages"),
             (json!({ "messages": "hi" }), "messages"),

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::*;
 use crate::adaskip::policy::Reuse;
 use crate::cache_client::Variant;
-use crate::request::{Salt, SamplingParams};
+use crate::request::{CacheUse, Salt, SamplingParams};
 use backend::{Knobs, LAYERS, TOKENS_PER_BLOCK, ToyBackend, VOCABULARY};
 use daemon::{Daemon, ToyCache};
 
@@ -114,6 +114,7 @@ fn request(tokens: &[u32], tokens_max: u32) -> (Generate, mpsc::UnboundedReceive
     let request = Generate {
         tokens: tokens.to_vec(),
         salt: Salt::default(),
+        cache: CacheUse::default(),
         conversation: None,
         sampling: SamplingParams {
             temperature: 0.0,

@@ -116,6 +116,33 @@ fn four_turns_from_device_host_and_disk_read_as_they_do_cold() {
 }
 
 #[test]
+fn a_request_may_forbid_the_cache_to_read_or_to_store() {
+    let mut rig = rig(RigConfig { step_tokens_max: 64, ..roomy() });
+    let tokens = prompt(1, 70);
+    let mut ask = |cache: CacheUse, clear: bool| {
+        let (mut request, mut receiver) = request(&tokens, 13);
+        request.cache = cache;
+        rig.handle.submit(Command::Generate(request)).unwrap();
+        rig.run();
+        if clear {
+            rig.clear_device();
+        }
+        let reply = reply(&mut receiver);
+        (reply.tokens, reply.cached.total())
+    };
+    let no_store = CacheUse { no_store: true, ..CacheUse::default() };
+    let no_read = CacheUse { no_read: true, ..CacheUse::default() };
+    let (first, cached) = ask(no_store, false);
+    assert_eq!(cached, 0);
+    // Neither the device nor the host has kept anything of it.
+    assert_eq!(ask(CacheUse::default(), true), (first.clone(), 0));
+    // What the second request stored is there for the third, but not for one that may not read.
+    assert_eq!(ask(CacheUse::default(), true), (first.clone(), 69));
+    assert_eq!(ask(no_read, false), (first.clone(), 0));
+    assert_eq!(ask(no_store, false), (first, 69));
+}
+
+#[test]
 fn a_block_holds_the_same_bytes_however_its_tokens_were_computed() {
     let mut turns = rig(RigConfig { step_tokens_max: 64, ..roomy() });
     let mut tokens = prompt(1, 70);
