@@ -16,6 +16,7 @@ use kv_protocol::ring::{ArenaWriter, Consumer, Producer, RingCorrupt};
 use kv_protocol::table::RegionView;
 use kv_protocol::{AttachmentId, Completion, MissReason, Submission};
 
+use crate::queue::TurnId;
 use crate::tier::host::{HandleError, HostTier};
 
 /// Sequences of one runtime that the daemon remembers. Beyond it hints are ignored.
@@ -173,6 +174,12 @@ impl Attachment {
         let bytes = span.map(|span| view.submission_bytes(self.id, span)).unwrap_or_default();
         self.submissions.advance(&ring);
         Ok(Some((submission, bytes)))
+    }
+
+    /// Name of a sequence's turn, across attachments.
+    pub fn turn(&self, tag: SequenceTag) -> TurnId {
+        let attachment = u64::from(self.incarnation) << 32 | u64::from(self.id.code());
+        TurnId(u128::from(attachment) << 64 | u128::from(tag.0))
     }
 
     /// The sequence's entry, made if there is room for one more.

@@ -15,7 +15,7 @@ use kv_protocol::layout::ATTACHMENTS_MAX;
 use kv_protocol::message::{FoundBlock, KeyList, Ticket, Tier};
 use kv_protocol::sync::Ordering;
 use kv_protocol::table::{AttachmentState, RegionView};
-use kv_protocol::{AttachmentId, BlockKey, ConversationId, MissReason, Submission};
+use kv_protocol::{AttachmentId, ConversationId, MissReason, Submission};
 
 use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting};
 use crate::listen::PeerEvent;
@@ -206,9 +206,7 @@ impl Daemon {
             self.store.transfers.write_tails(); // Commits still come.
         }
         let queue_changed = std::mem::take(&mut self.queue_changed);
-        let attachments = &self.attachments;
-        let mut view = |store: &Store| store.view(&queued_turns(store, attachments));
-        let failed = self.store.begin_moves(&mut view, queue_changed, now_ms);
+        let failed = self.store.begin_moves(queue_changed, now_ms);
         for arrival in failed {
             self.arrived(&arrival);
         }
@@ -245,7 +243,7 @@ impl Daemon {
             if self.view.client(id) != hello.client {
                 continue;
             }
-            if let Some(old) = self.attachments[id.index()].take() {
+            if let Some(old) = self.leave(id) {
                 old.hang_up();
                 self.rest(id, Instant::now() + GRACE);
             }
@@ -309,7 +307,7 @@ impl Daemon {
             .is_some_and(|attachment| attachment.incarnation == incarnation);
         if is_present {
             tracing::info!(id = id.index(), incarnation, "detached");
-            self.attachments[id.index()] = None;
+            self.leave(id);
             self.rest(id, Instant::now() + GRACE);
         }
     }
@@ -317,10 +315,19 @@ impl Daemon {
     fn detach_broken(&mut self, id: AttachmentId, error: &ProtocolError) {
         tracing::error!(id = id.index(), %error, "detached: the peer wrote nonsense");
         self.metrics.protocol_errors.inc();
-        if let Some(attachment) = self.attachments[id.index()].take() {
+        if let Some(attachment) = self.leave(id) {
             attachment.hang_up();
             self.rest(id, Instant::now() + GRACE);
         }
+    }
+
+    /// Ends an attachment; its turns wait no more.
+    fn leave(&mut self, id: AttachmentId) -> Option<Attachment> {
+        let attachment = self.attachments[id.index()].take()?;
+        for tag in attachment.sequences.keys() {
+            self.store.turn_left(attachment.turn(*tag));
+        }
+        Some(attachment)
     }
 
     fn rest(&mut self, id: AttachmentId, until: Instant) {
@@ -358,10 +365,15 @@ impl Daemon {
             Submission::Hint { sequence, hint, keys } => {
                 self.metrics.hints.inc();
                 let list = keys.map(|_| KeyList::decode(&bytes)).transpose()?;
+                let turn = attachment.turn(sequence);
                 if let Some(waiting) = attachment.sequence(sequence) {
-                    waiting.hint = Some(hint);
+                    let is_first = waiting.hint.replace(hint).is_none() || list.is_some();
                     if let Some(list) = list {
                         waiting.list = Some(Arc::new(list));
+                    }
+                    match &waiting.list {
+                        Some(list) if is_first => self.store.hint(turn, hint.place, list),
+                        _ => self.store.hint_again(turn, hint.place),
                     }
                     self.queue_changed = true;
                 }
@@ -392,6 +404,7 @@ impl Daemon {
                 });
             }
             Submission::End { sequence } => {
+                self.store.turn_left(attachment.turn(sequence));
                 if let Some(ended) = attachment.sequences.remove(&sequence)
                     && let Some(fetch) = ended.fetch
                     && let Some(host) = &mut self.store.host
@@ -469,11 +482,24 @@ impl Daemon {
                 let is_load = matches!(done, Done::Loaded { .. });
                 if let Some(arrival) = self.store.finish(done) {
                     self.arrived(&arrival);
-                    self.queue_changed = true; // A reader is free for the next hinted block.
                 }
-                self.queue_changed |= is_load;
+                if is_load {
+                    self.hint_all(); // Their tails may be known now.
+                }
             }
         }
+    }
+
+    /// What the waiting turns will read, told again.
+    fn hint_all(&mut self) {
+        for attachment in self.attachments.iter().flatten() {
+            for (tag, waiting) in &attachment.sequences {
+                if let (Some(hint), Some(list)) = (waiting.hint, &waiting.list) {
+                    self.store.hint(attachment.turn(*tag), hint.place, list);
+                }
+            }
+        }
+        self.queue_changed = true;
     }
 
     /// A promote ended: pins the block for who waits, and answers those whose last one it was.
@@ -564,20 +590,6 @@ impl Daemon {
             writes: transfers.writes,
         });
     }
-}
-
-/// Waiting turns of all runtimes by place, each with the known part of its chain.
-fn queued_turns(store: &Store, attachments: &[Option<Attachment>]) -> Vec<(u32, Vec<BlockKey>)> {
-    let waiting = attachments.iter().flatten().flat_map(|a| a.sequences.values());
-    let mut turns: Vec<(u32, Vec<BlockKey>)> = waiting
-        .filter_map(|waiting| {
-            let (hint, list) = (waiting.hint?, waiting.list.as_ref()?);
-            let links = store.directory.lookup(list).links;
-            Some((hint.place, links.iter().map(|link| link.key).collect()))
-        })
-        .collect();
-    turns.sort_by_key(|(place, _)| *place);
-    turns
 }
 
 fn refusal_label(refusal: Refusal) -> &'static str {

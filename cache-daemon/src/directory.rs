@@ -12,6 +12,8 @@ use std::sync::Arc;
 use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
+use crate::policy::{Known, QueueTicket};
+
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
 const GONE_MAX: usize = 1 << 16;
 /// Open children offered for a chain whose next tokens only the runtime knows.
@@ -28,7 +30,7 @@ pub enum OnDisk {
     Writing,
     /// There; the order of its write.
     Stored {
-        /// Grows with each write: the oldest leave first.
+        /// Grows with each write.
         order: u64,
     },
 }
@@ -87,6 +89,12 @@ impl Block {
         matches!(self.disk, OnDisk::Stored { .. })
     }
 
+    /// What policies may know of it.
+    pub fn known(&self, turn: Option<QueueTicket>) -> Known {
+        let Block { used_ms, arrival, depth, .. } = *self;
+        Known { used_ms, arrival, depth, turn, returns_ms: None }
+    }
+
     /// Whether two blocks may stand for each other.
     pub fn has_labels_of(&self, other: &Block) -> bool {
         self.root == other.root && self.variant == other.variant && self.numerics == other.numerics
@@ -118,6 +126,7 @@ pub struct Directory {
     children: HashMap<BlockKey, Vec<BlockKey>>,
     gone: HashMap<u64, MissReason>,
     gone_order: VecDeque<u64>,
+    changed: Vec<BlockKey>,
 }
 
 impl Directory {
@@ -138,7 +147,13 @@ impl Directory {
 
     /// A block, to change its tiers or its use.
     pub fn get_mut(&mut self, key: &BlockKey) -> Option<&mut Block> {
+        self.changed.push(*key);
         self.blocks.get_mut(key)
+    }
+
+    /// Blocks that came, went or changed since the last call.
+    pub fn take_changed(&mut self) -> Vec<BlockKey> {
+        std::mem::take(&mut self.changed)
     }
 
     /// All blocks.
@@ -152,12 +167,14 @@ impl Directory {
         block.depth = self.blocks.get(&block.parent).map_or(0, |parent| parent.depth + 1);
         self.children.entry(block.parent).or_default().push(key);
         self.gone.remove(&key.short());
+        self.changed.push(key);
         self.blocks.insert(key, block);
     }
 
     /// Forgets a block, and remembers why.
     pub fn remove(&mut self, key: &BlockKey, reason: MissReason) -> Option<Block> {
         let block = self.blocks.remove(key)?;
+        self.changed.push(*key);
         if let Some(siblings) = self.children.get_mut(&block.parent) {
             siblings.retain(|sibling| sibling != key);
             if siblings.is_empty() {

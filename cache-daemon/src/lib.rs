@@ -2,7 +2,7 @@
 //! runtime's queue says.
 //!
 //! Reading order: [`supervise`], [`worker`], [`daemon`] (the loop), [`attachment`], [`store`],
-//! [`transfer`], [`directory`], [`policy`], [`tier`].
+//! [`transfer`], [`directory`], [`queue`], [`policy`], [`tier`].
 //!
 //! **Invariant:** the daemon never parses weights, never speaks to a GPU, and knows no model but by
 //! its geometry and fingerprint.
@@ -17,6 +17,7 @@ pub mod http;
 pub mod listen;
 pub mod metrics;
 pub mod policy;
+pub mod queue;
 pub mod shm;
 pub mod store;
 pub mod supervise;

@@ -12,7 +12,8 @@ use crate::attachment::ProtocolError;
 use crate::conversation::Conversations;
 use crate::directory::{Block, Directory, Link, OnDisk};
 use crate::metrics::Metrics;
-use crate::policy::PolicyKind;
+use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
+use crate::queue::{Queue, TurnId};
 use crate::tier::disk::DiskWorkers;
 use crate::tier::host::HostTier;
 use crate::transfer::{Transfers, Waiter};
@@ -20,7 +21,7 @@ use crate::transfer::{Transfers, Waiter};
 /// Settings of the store.
 #[derive(Debug, Clone, Copy)]
 pub struct StoreConfig {
-    /// Which blocks leave the host tier first.
+    /// Which blocks leave the tiers first.
     pub policy: PolicyKind,
     /// Bytes that the disk tier may take; 0 is no disk.
     pub disk_bytes: u64,
@@ -34,6 +35,10 @@ pub struct StoreConfig {
 pub struct Store {
     pub(crate) config: StoreConfig,
     pub(crate) directory: Directory,
+    pub(crate) queue: Queue,
+    /// Hinted turns that have left the queue: what makes a ticket out of a place.
+    turns_left: u64,
+    pub(crate) index: Index,
     /// `None` until a runtime has brought a geometry.
     pub(crate) host: Option<HostTier>,
     pub(crate) disk: DiskWorkers,
@@ -59,6 +64,9 @@ impl Store {
         Self {
             config,
             directory: Directory::default(),
+            queue: Queue::default(),
+            turns_left: 0,
+            index: Index::new(config.policy),
             host: None,
             disk,
             transfers: Transfers::new(config.disk_bytes),
@@ -132,6 +140,58 @@ impl Store {
     pub fn is_busy(&self) -> bool {
         let in_use = self.host.as_ref().is_some_and(HostTier::any_in_use);
         in_use || self.transfers.any_under_way()
+    }
+
+    /// A turn waits at a place of its runtime's queue; `list` is what it will read.
+    pub fn hint(&mut self, id: TurnId, place: u32, list: &KeyList) {
+        let ticket = QueueTicket(self.turns_left + u64::from(place));
+        let links = self.directory.lookup(list).links;
+        // The rest of the list as well: its blocks may still be on their way here.
+        let known = links.len();
+        let mut keys: Vec<BlockKey> = links.iter().map(|link| link.key).collect();
+        keys.extend(list.keys.iter().skip(known));
+        self.queue.place(id, ticket, &keys, known as u64);
+    }
+
+    /// A turn's place, told again.
+    pub fn hint_again(&mut self, id: TurnId, place: u32) {
+        self.queue.move_to(id, QueueTicket(self.turns_left + u64::from(place)));
+    }
+
+    /// A turn has begun, or will not.
+    pub fn turn_left(&mut self, id: TurnId) {
+        self.turns_left += u64::from(self.queue.remove(id));
+    }
+
+    /// Brings the index up to date with what changed since the last choice.
+    pub(crate) fn refresh(&mut self) {
+        let mut changed = self.directory.take_changed();
+        changed.extend(self.queue.take_changed());
+        changed.extend(self.transfers.take_changed());
+        changed.extend(self.host.iter_mut().flat_map(HostTier::take_changed));
+        changed.sort_unstable();
+        changed.dedup();
+        for key in changed {
+            let standing = self.standing(&key);
+            self.index.set(key, standing.as_ref());
+        }
+    }
+
+    fn standing(&self, key: &BlockKey) -> Option<Standing> {
+        let block = self.directory.get(key)?;
+        let is_asked_for = self.transfers.is_reading(key) || self.transfers.is_wanted(key);
+        let host = match (block.host, &self.host) {
+            (Some(frame), Some(host)) if host.is_evictable(frame) => Residence::Free,
+            (Some(_), _) => Residence::Held,
+            (None, _) if is_asked_for || self.transfers.hint_failed(key) => Residence::Held,
+            (None, _) => Residence::Absent,
+        };
+        let disk = match block.disk {
+            OnDisk::Absent => Residence::Absent,
+            OnDisk::Stored { .. } if !is_asked_for => Residence::Free,
+            OnDisk::Stored { .. } | OnDisk::Writing => Residence::Held,
+        };
+        Some(Standing { known: block.known(self.queue.first_turn(key)), host, disk })
     }
 
     /// The block's frame holds it no more; forgets the block if it is nowhere else. The frame itself is

@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use kv_protocol::frame::Owner;
 use kv_protocol::message::{FrameHandle, SequenceTag};
-use kv_protocol::{AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason};
+use kv_protocol::{
+    AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason, RootKey,
+};
 
 use crate::directory::{Block, OnDisk};
-use crate::policy::{QueuedTurn, Resident, View};
+use crate::policy::QueueTicket;
 use crate::store::Store;
 use crate::tier::disk::{Done, Job, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure};
 
@@ -19,8 +21,6 @@ use crate::tier::disk::{Done, Job, REMOVALS_MAX, StoredBlock, StoredConversation
 const READS_MAX: usize = 8;
 /// Blocks written at once.
 const WRITES_MAX: usize = 8;
-/// Promotes for hints that wait or run: hints come again, lookups must not queue behind them.
-const HINTED_MAX: usize = 16;
 /// Share of the disk's bytes that blocks may take; the rest is for the log, garbage and records.
 const DISK_SHARE_PERCENT: u64 = 80;
 /// Garbage is reclaimed when files take this much more than blocks, in percent.
@@ -95,9 +95,10 @@ pub struct Transfers {
     waiters: HashMap<BlockKey, Vec<Waiter>>,
     /// Asked for by lookups, not begun.
     wanted: VecDeque<BlockKey>,
-    /// Asked for by hints, not begun.
-    hinted: VecDeque<(BlockKey, u32)>,
     reading: HashMap<BlockKey, Reading>,
+    /// Hinted promotes that failed: not tried again before the queue changes.
+    failed_hints: HashSet<BlockKey>,
+    changed: Vec<BlockKey>,
     /// Sealed blocks, and tails that have to go, not begun.
     dirty: VecDeque<BlockKey>,
     /// The same keys: none is queued twice.
@@ -129,8 +130,9 @@ impl Transfers {
             arrivals: 0,
             waiters: HashMap::new(),
             wanted: VecDeque::new(),
-            hinted: VecDeque::new(),
             reading: HashMap::new(),
+            failed_hints: HashSet::new(),
+            changed: Vec::new(),
             dirty: VecDeque::new(),
             dirty_keys: HashSet::new(),
             tails: HashSet::new(),
@@ -175,6 +177,7 @@ impl Transfers {
 
     /// A lookup waits for a block that is on disk.
     pub(crate) fn want(&mut self, key: BlockKey, waiter: Waiter) {
+        self.changed.push(key);
         let waiters = self.waiters.entry(key).or_default();
         waiters.push(waiter);
         if waiters.len() == 1 && !self.reading.contains_key(&key) {
@@ -184,6 +187,33 @@ impl Transfers {
 
     pub(crate) fn is_reading(&self, key: &BlockKey) -> bool {
         self.reading.contains_key(key)
+    }
+
+    pub(crate) fn is_wanted(&self, key: &BlockKey) -> bool {
+        self.waiters.contains_key(key)
+    }
+
+    pub(crate) fn hint_failed(&self, key: &BlockKey) -> bool {
+        self.failed_hints.contains(key)
+    }
+
+    /// Blocks that were asked for, or are no more, since the last call.
+    pub(crate) fn take_changed(&mut self) -> Vec<BlockKey> {
+        std::mem::take(&mut self.changed)
+    }
+
+    fn retry_hints(&mut self) {
+        self.changed.extend(self.failed_hints.drain());
+    }
+
+    fn take_waiters(&mut self, key: &BlockKey) -> Vec<Waiter> {
+        self.changed.push(*key);
+        self.waiters.remove(key).unwrap_or_default()
+    }
+
+    fn begin_reading(&mut self, key: BlockKey, reading: Reading) {
+        self.changed.push(key);
+        self.reading.insert(key, reading);
     }
 
     pub(crate) fn any_under_way(&self) -> bool {
@@ -240,73 +270,17 @@ fn disk_bytes(geometry: &kv_protocol::Geometry) -> u64 {
 }
 
 impl Store {
-    /// What policies see. `turns` are the waiting turns by place, each with its chain.
-    pub(crate) fn view(&self, turns: &[(u32, Vec<BlockKey>)]) -> View {
-        let mut view = View::default();
-        let Some(host) = &self.host else { return view };
-        let mut first_turn: HashMap<BlockKey, u32> = HashMap::new();
-        for (place, chain) in turns {
-            let on_disk =
-                |key: &&BlockKey| self.directory.get(key).is_some_and(|block| block.host.is_none());
-            view.turns.push(QueuedTurn {
-                place: *place,
-                blocks: chain.len() as u32,
-                on_disk: chain.iter().filter(on_disk).copied().collect(),
-            });
-            for key in chain {
-                first_turn.entry(*key).or_insert(*place);
-            }
-        }
-        let resident = |(key, block): (&BlockKey, &Block)| {
-            let frame = block.host?;
-            host.is_evictable(frame).then(|| Resident {
-                key: *key,
-                used_ms: block.used_ms,
-                arrival: block.arrival,
-                depth: block.depth,
-                turn: first_turn.get(key).copied(),
-            })
-        };
-        view.residents = self.directory.iter().filter_map(resident).collect();
-        view.host_blocks = host.table().layout().frame_count().into();
-        view.disk_blocks = self.transfers.disk_bytes_max / disk_bytes(host.table().geometry());
-        view
-    }
-
-    /// Begins whatever can begin. `view` is called only when a policy has to choose. Promotes that
-    /// cannot be are returned.
-    pub(crate) fn begin_moves(
-        &mut self,
-        view: &mut dyn FnMut(&Store) -> View,
-        queue_changed: bool,
-        now_ms: u64,
-    ) -> Vec<Arrival> {
+    /// Begins whatever can begin. Promotes that cannot be are returned.
+    pub(crate) fn begin_moves(&mut self, queue_changed: bool, now_ms: u64) -> Vec<Arrival> {
         if queue_changed {
-            self.choose_promotes(view);
+            self.transfers.retry_hints();
         }
         self.choose_tails(now_ms);
-        self.keep_frames_free(view);
-        let failed = self.begin_reads(view);
+        self.keep_frames_free();
+        let failed = self.begin_reads();
         self.begin_writes();
         self.begin_maintenance();
         failed
-    }
-
-    /// Hints → blocks that should be here before their turn.
-    fn choose_promotes(&mut self, view: &mut dyn FnMut(&Store) -> View) {
-        let view = view(self);
-        self.transfers.hinted.clear(); // The queue has changed: so have the choices.
-        for promote in self.config.policy.promote(&view) {
-            let transfers = &mut self.transfers;
-            let under_way = transfers.reading.values().filter(|r| r.by_hint).count();
-            if under_way + transfers.hinted.len() >= HINTED_MAX {
-                break;
-            }
-            let asked = transfers.waiters.contains_key(&promote.key);
-            if !asked && !transfers.is_reading(&promote.key) {
-                transfers.hinted.push_back((promote.key, promote.place));
-            }
-        }
     }
 
     fn choose_tails(&mut self, now_ms: u64) {
@@ -321,31 +295,40 @@ impl Store {
     }
 
     /// Demotes until the high watermark, once the low one is reached.
-    fn keep_frames_free(&mut self, view: &mut dyn FnMut(&Store) -> View) {
+    fn keep_frames_free(&mut self) {
         let Some(host) = &self.host else { return };
         let free = host.counts().free;
         // Frames whose blocks are being written will be free soon.
         if free >= host.free_low() || host.counts().ready == 0 {
             return;
         }
-        let need = (host.free_high() - free) as usize;
-        let view = view(self);
-        self.evict(&view, need, None);
+        let need = host.free_high() - free;
+        let mut passed = None;
+        for _ in 0..need {
+            self.refresh();
+            let Some(victim) = self.index.host_victim(passed.as_ref()) else { return };
+            if !self.demote(&victim.key) {
+                passed = Some(victim);
+            }
+        }
     }
 
-    /// Demotes up to `need` blocks; those that a turn at `spare` or before needs stay.
-    fn evict(&mut self, view: &View, need: usize, spare: Option<u32>) -> usize {
-        let mut freed = 0;
-        for key in self.config.policy.evict(view, need) {
-            let turn = view.residents.iter().find(|r| r.key == key).and_then(|r| r.turn);
-            if let (Some(turn), Some(spare)) = (turn, spare)
-                && turn <= spare
-            {
-                break;
-            }
-            freed += usize::from(self.demote(&key));
+    /// Makes room for a block that a lookup waits for.
+    fn make_frame_free(&mut self) -> bool {
+        self.refresh();
+        self.index.host_victim(None).is_some_and(|victim| self.demote(&victim.key))
+    }
+
+    /// Whether a hinted block may come: into a frame that the watermark does not need, or in the place of
+    /// a block that no turn needs as soon. Else what it displaces would come back for an earlier turn, or
+    /// the watermark would throw it out again.
+    fn has_room_for_hint(&mut self, turn: QueueTicket) -> bool {
+        let spare = self.host.as_ref().is_some_and(|host| host.counts().free > host.free_high());
+        if spare {
+            return true;
         }
-        freed
+        let victim = self.index.displaced_by(turn, None);
+        victim.is_some_and(|victim| self.demote(&victim.key))
     }
 
     /// Frees a block's frame now if the disk has the block, or cannot have it; else has it written first.
@@ -367,65 +350,73 @@ impl Store {
         true
     }
 
-    fn begin_reads(&mut self, view: &mut dyn FnMut(&Store) -> View) -> Vec<Arrival> {
+    /// Lookups first, then what hints say, in the order of turns.
+    fn begin_reads(&mut self) -> Vec<Arrival> {
         let mut failed = Vec::new();
-        while self.transfers.reading.len() < READS_MAX {
-            let (key, place) = if let Some(key) = self.transfers.wanted.pop_front() {
-                (key, None)
-            } else if let Some((key, place)) = self.transfers.hinted.pop_front() {
-                (key, Some(place))
-            } else {
-                break;
-            };
-            // Hinted, then looked up before its turn here: one key in both queues is one read. A second
-            // one would end in another frame than the first, whose place in the table it took.
-            if self.transfers.is_reading(&key) {
-                continue;
-            }
+        while self.transfers.reading.len() < READS_MAX
+            && let Some(key) = self.transfers.wanted.pop_front()
+        {
             let Some(block) = self.directory.get(&key) else {
                 failed.extend(self.give_up(&key, MissReason::Evicted));
                 continue;
             };
             if let Some(frame) = block.host {
                 // Came by another way meanwhile: a commit.
-                let waiters = self.transfers.waiters.remove(&key).unwrap_or_default();
+                let waiters = self.transfers.take_waiters(&key);
                 failed.push(Arrival { result: Ok(frame), waiters });
                 continue;
             }
             let root = block.root;
             let Some(host) = &self.host else { break };
-            if host.counts().free == 0 {
-                let view = view(self);
-                if self.evict(&view, 1, place) == 0 {
-                    // Room may come: from writes under way, or pins given back. Lookups wait for the
-                    // former only, hints for neither.
-                    if place.is_none() && self.transfers.any_writes() {
-                        self.transfers.wanted.push_front(key);
-                        break;
-                    }
-                    if place.is_none() {
-                        failed.extend(self.give_up(&key, MissReason::Quota));
-                        continue;
-                    }
+            if host.counts().free == 0 && !self.make_frame_free() {
+                // Room may come from writes under way; pins may be held for long.
+                if self.transfers.any_writes() {
+                    self.transfers.wanted.push_front(key);
                     break;
                 }
+                failed.extend(self.give_up(&key, MissReason::Quota));
+                continue;
             }
-            let Some(host) = &mut self.host else { break };
-            let Some(handle) = host.grant(Owner::Daemon) else { break };
-            let job = Job::Read { key, root, handle, table: host.table().clone() };
-            if self.disk.read(job).is_err() {
-                host.free(handle.frame);
-                self.transfers.wanted.push_front(key); // As urgent as a lookup now; harmless.
+            if !self.begin_read(key, root, false) {
+                self.transfers.wanted.push_front(key);
                 break;
             }
-            self.transfers.reading.insert(key, Reading { handle, by_hint: place.is_some() });
+        }
+        while self.transfers.reading.len() < READS_MAX && self.transfers.wanted.is_empty() {
+            self.refresh();
+            let Some(host) = &self.host else { break };
+            let host_blocks = host.table().layout().frame_count().into();
+            let Some(promote) = self.index.promote(&self.queue, host_blocks) else { break };
+            let Some(root) = self.directory.get(&promote.key).map(|block| block.root) else {
+                break;
+            };
+            let has_room = self.has_room_for_hint(promote.turn);
+            if !has_room || !self.begin_read(promote.key, root, true) {
+                break;
+            }
         }
         failed
     }
 
+    /// `false` if there is no frame, or the readers are behind.
+    fn begin_read(&mut self, key: BlockKey, root: RootKey, by_hint: bool) -> bool {
+        let Some(host) = &mut self.host else { return false };
+        let Some(handle) = host.grant(Owner::Daemon) else { return false };
+        let job = Job::Read { key, root, handle, table: host.table().clone() };
+        if self.disk.read(job).is_err() {
+            host.free(handle.frame);
+            return false;
+        }
+        self.transfers.begin_reading(key, Reading { handle, by_hint });
+        true
+    }
+
     fn give_up(&mut self, key: &BlockKey, reason: MissReason) -> Option<Arrival> {
         self.metrics.promote_failures.with_label_values(&[reason.label()]).inc();
-        let waiters = self.transfers.waiters.remove(key)?;
+        let waiters = self.transfers.take_waiters(key);
+        if waiters.is_empty() {
+            return None;
+        }
         Some(Arrival { result: Err(reason), waiters })
     }
 
@@ -450,7 +441,7 @@ impl Store {
             let Ok(word) = table.state(frame) else { continue };
             let handle = FrameHandle { frame, generation: word.generation };
             let bytes = disk_bytes(table.geometry());
-            if !self.make_disk_room(bytes) {
+            if !self.make_disk_room(&key, bytes) {
                 self.metrics.writes_skipped.inc();
                 self.leave_unsaved(&key);
                 continue;
@@ -487,38 +478,31 @@ impl Store {
         }
     }
 
-    /// Drops the oldest blocks from disk until `bytes` more fit. Oldest first, so that whole blob files
-    /// become garbage; blocks being read, or in demand by a lookup, are passed over.
-    fn make_disk_room(&mut self, bytes: u64) -> bool {
+    /// Drops blocks from disk until `bytes` more fit, those first that the policy gives up first. A block
+    /// that would itself be the first to leave does not come.
+    fn make_disk_room(&mut self, key: &BlockKey, bytes: u64) -> bool {
         let limit = self.transfers.disk_bytes_max;
-        if bytes > limit {
-            return false;
-        }
+        let Some(incoming) = self.directory.get(key) else { return false };
+        let incoming = incoming.known(self.queue.first_turn(key));
         let under_way = self.transfers.writing as u64 * bytes;
-        let mut victims = Vec::new();
-        let mut left = self.transfers.stored_bytes + under_way;
-        for (key, stored) in self.transfers.stored.values() {
-            if left + bytes <= limit {
-                break;
-            }
-            let in_demand = self.transfers.waiters.contains_key(key);
-            if !in_demand && !self.transfers.is_reading(key) {
-                victims.push(*key);
-                left -= stored;
-            }
+        while self.transfers.stored_bytes + under_way + bytes > limit {
+            self.refresh();
+            let Some(victim) = self.index.disk_victim(key, &incoming, None) else { return false };
+            self.drop_from_disk(&victim.key);
         }
-        for key in victims {
-            let Some(block) = self.directory.get_mut(&key) else { continue };
-            let OnDisk::Stored { order } = block.disk else { continue };
-            block.disk = OnDisk::Absent;
-            if block.host.is_none() {
-                self.directory.remove(&key, MissReason::Evicted);
-            }
-            self.transfers.unstore(order, key);
-            self.transfers.evictions_disk += 1;
-            self.metrics.evictions.with_label_values(&["disk"]).inc();
+        true
+    }
+
+    fn drop_from_disk(&mut self, key: &BlockKey) {
+        let Some(block) = self.directory.get_mut(key) else { return };
+        let OnDisk::Stored { order } = block.disk else { return };
+        block.disk = OnDisk::Absent;
+        if block.host.is_none() {
+            self.directory.remove(key, MissReason::Evicted);
         }
-        left + bytes <= limit
+        self.transfers.unstore(order, *key);
+        self.transfers.evictions_disk += 1;
+        self.metrics.evictions.with_label_values(&["disk"]).inc();
     }
 
     fn begin_maintenance(&mut self) {
@@ -672,7 +656,7 @@ impl Store {
         result: Result<Box<BlockHeader>, MissReason>,
     ) -> Option<Arrival> {
         let reading = self.transfers.reading.remove(&key)?;
-        let waiters = self.transfers.waiters.remove(&key).unwrap_or_default();
+        let waiters = self.transfers.take_waiters(&key);
         let host = self.host.as_mut()?;
         assert!(reading.handle.frame == frame, "a read ended in another frame");
         let header = match result {
@@ -680,6 +664,9 @@ impl Store {
             Err(reason) => {
                 host.free(frame);
                 self.metrics.promote_failures.with_label_values(&[reason.label()]).inc();
+                if reading.by_hint {
+                    self.transfers.failed_hints.insert(key);
+                }
                 if reason != MissReason::Io {
                     self.metrics.corrupt.with_label_values(&["disk block"]).inc();
                     self.forget(&key, reason); // It will not get better.

@@ -5,13 +5,15 @@
 //! eviction window   L_ew = (C_mem + C_disk) / S_kv   turns
 //! ```
 //!
-//! `C_mem`, `C_disk`: capacities; `S_kv`: mean KV of a conversation. Ours are counted in blocks, which
-//! are all of one size. Beyond the paper: the unit is a block, not a whole conversation, and what no
-//! queued turn needs leaves by last use.
+//! `C_mem`, `C_disk`: capacities; `S_kv`: mean KV of a queued turn's conversation. Ours are counted in
+//! blocks, which are all of one size. Beyond the paper: the unit is a block, not a whole conversation; what
+//! no queued turn needs leaves by its predicted return, else by last use; and turns beyond the eviction
+//! window leave by place as well, the farthest first.
+//!
+//! With that order the eviction window needs no rule of its own: what a turn inside it needs leaves the disk
+//! only when nothing outside is left there, and then the turn that arrived last gives way.
 
-use kv_protocol::BlockKey;
-
-use super::{Promote, View, first_by};
+use super::{Known, QueueTicket, Rank};
 
 /// How many turns from the queue's head are looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,110 +22,85 @@ pub struct LookaheadWindow {
     pub turns: u64,
 }
 
-/// `S_kv`: mean blocks of the queued turns that have any history.
-fn blocks_mean(view: &View) -> u64 {
-    let with_history = view.turns.iter().filter(|turn| turn.blocks > 0);
-    let (turns, blocks) =
-        with_history.fold((0, 0), |(turns, sum), turn| (turns + 1, sum + u64::from(turn.blocks)));
-    blocks.checked_div(turns).unwrap_or(1).max(1)
-}
-
 /// `L_pw = C_mem / S_kv`, at least the next turn.
-pub fn prefetch_window(view: &View) -> LookaheadWindow {
-    LookaheadWindow { turns: u64::max(view.host_blocks / blocks_mean(view), 1) }
+pub fn prefetch_window(host_blocks: u64, blocks_mean: u64) -> LookaheadWindow {
+    LookaheadWindow { turns: u64::max(host_blocks / blocks_mean.max(1), 1) }
 }
 
 /// `L_ew = (C_mem + C_disk) / S_kv`, at least the next turn.
-pub fn eviction_window(view: &View) -> LookaheadWindow {
-    let turns = (view.host_blocks + view.disk_blocks) / blocks_mean(view);
-    LookaheadWindow { turns: u64::max(turns, 1) }
+pub fn eviction_window(host_blocks: u64, disk_blocks: u64, blocks_mean: u64) -> LookaheadWindow {
+    prefetch_window(host_blocks + disk_blocks, blocks_mean)
 }
 
-/// Disk-resident KV of the turns in the prefetch window, in the order of their turns.
-pub fn promote(view: &View) -> Vec<Promote> {
-    let window = prefetch_window(view);
-    let inside = view.turns.iter().zip(0..).filter(|(_, nth)| *nth < window.turns);
-    inside
-        .flat_map(|(turn, _)| turn.on_disk.iter().map(|&key| Promote { key, place: turn.place }))
-        .collect()
+/// Classes of blocks; the lower leaves first.
+#[derive(Clone, Copy)]
+enum Class {
+    /// No turn needs it: least recently used first.
+    NotNeeded,
+    /// Its conversation is expected back: the latest first.
+    Predicted,
+    /// A queued turn needs it: the farthest from the queue's head first.
+    Queued,
 }
 
-/// First what no turn in the eviction window needs, least recently used first; then what the turns
-/// nearest the window's tail need. Of one chain, the last block first.
-pub fn evict(view: &View, need: usize) -> Vec<BlockKey> {
-    let window = eviction_window(view);
-    first_by(view, need, |resident| {
-        let turn = resident.turn.filter(|&place| u64::from(place) < window.turns);
-        let not_needed_first = turn.is_some();
-        let tail_first = std::cmp::Reverse(turn);
-        let oldest_first = if turn.is_none() { resident.used_ms } else { 0 };
-        (not_needed_first, tail_first, oldest_first, std::cmp::Reverse(resident.depth))
-    })
+/// First what no queued turn needs, then queued turns from the farthest place inwards.
+pub fn rank(known: &Known) -> Rank {
+    let (class, order) = match (known.turn, known.returns_ms) {
+        (Some(ticket), _) => (Class::Queued, farthest_first(ticket.0)),
+        (None, Some(returns_ms)) => (Class::Predicted, farthest_first(returns_ms)),
+        (None, None) => (Class::NotNeeded, known.used_ms),
+    };
+    Rank::new(class as u8, order, known.depth)
+}
+
+fn farthest_first(distance: u64) -> u64 {
+    u64::MAX - distance
+}
+
+/// Whether a block may leave host memory so that a turn's block can come before it is asked for: never one
+/// that this turn or an earlier one needs.
+pub fn may_displace(victim: Option<QueueTicket>, for_turn: QueueTicket) -> bool {
+    victim.is_none_or(|victim| victim > for_turn)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixtures::{key, resident, turn};
+    use super::super::fixtures::{known, queued};
     use super::*;
 
     #[test]
     fn windows_follow_the_papers_formulas() {
-        let view = View {
-            turns: vec![turn(0, 4, &[]), turn(1, 8, &[]), turn(2, 0, &[])],
-            host_blocks: 60,
-            disk_blocks: 120,
-            ..View::default()
-        };
-        assert_eq!(prefetch_window(&view).turns, 10); // 60 / mean(4, 8)
-        assert_eq!(eviction_window(&view).turns, 30);
-    }
-
-    #[test]
-    fn turns_beyond_the_prefetch_window_wait() {
-        let view = View {
-            turns: vec![turn(0, 2, &[1]), turn(1, 2, &[2, 3]), turn(2, 2, &[4])],
-            host_blocks: 4, // Two turns of two blocks.
-            ..View::default()
-        };
-        let keys: Vec<_> = promote(&view).iter().map(|promote| promote.key).collect();
-        assert_eq!(keys, [key(1), key(2), key(3)]);
+        assert_eq!(prefetch_window(60, 6).turns, 10);
+        assert_eq!(eviction_window(60, 120, 6).turns, 30);
+        assert_eq!(prefetch_window(4, 6).turns, 1); // The next turn at least.
     }
 
     #[test]
     fn blocks_that_no_turn_needs_leave_first_and_oldest_first() {
-        let view = View {
-            residents: vec![
-                resident(1, 10, Some(0)),
-                resident(2, 30, None),
-                resident(3, 20, None),
-                resident(4, 5, Some(3)),
-            ],
-            host_blocks: 100,
-            ..View::default()
-        };
-        assert_eq!(evict(&view, 4), [key(3), key(2), key(4), key(1)]);
-        assert_eq!(evict(&view, 1), [key(3)]);
+        let leaving = [known(20), known(30), queued(5, 3), queued(10, 0)].map(|known| rank(&known));
+        assert!(leaving.is_sorted());
     }
 
     #[test]
-    fn a_turn_outside_the_eviction_window_protects_nothing() {
-        let view = View {
-            residents: vec![resident(1, 10, Some(9)), resident(2, 20, None)],
-            turns: vec![turn(9, 2, &[])],
-            host_blocks: 4,
-            disk_blocks: 4,
-        };
-        assert_eq!(evict(&view, 1), [key(1)]); // Window of 4 turns; place 9 is outside, and older.
+    fn a_predicted_return_stands_between_unknown_and_queued_the_latest_first() {
+        let returns = |returns_ms| Known { returns_ms: Some(returns_ms), ..known(10) };
+        let leaving = [known(99), returns(200), returns(100), queued(1, 1000)];
+        assert!(leaving.map(|known| rank(&known)).is_sorted());
     }
 
     #[test]
     fn of_one_chain_the_last_block_leaves_first() {
-        let mut view = View { host_blocks: 8, ..View::default() };
-        for depth in 0..3u8 {
-            let mut block = resident(depth, 10, None);
-            block.depth = depth.into();
-            view.residents.push(block);
-        }
-        assert_eq!(evict(&view, 3), [key(2), key(1), key(0)]);
+        let depth = |depth| rank(&Known { depth, ..known(10) });
+        assert!(depth(2) < depth(1));
+        assert!(depth(1) < depth(0));
+    }
+
+    #[test]
+    fn a_promote_displaces_only_what_later_turns_need() {
+        let turn = QueueTicket(5);
+        assert!(may_displace(None, turn));
+        assert!(may_displace(Some(QueueTicket(6)), turn));
+        assert!(!may_displace(Some(turn), turn));
+        assert!(!may_displace(Some(QueueTicket(4)), turn));
     }
 }

@@ -1,22 +1,19 @@
 //! Least recently used first: the baseline that most caches have.
 
-use kv_protocol::BlockKey;
-
-use super::{View, first_by};
+use super::{Known, Rank};
 
 /// Oldest use first; of one chain, the last block first.
-pub fn evict(view: &View, need: usize) -> Vec<BlockKey> {
-    first_by(view, need, |resident| (resident.used_ms, std::cmp::Reverse(resident.depth)))
+pub fn rank(known: &Known) -> Rank {
+    Rank::new(0, known.used_ms, known.depth)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::fixtures::{key, resident};
+    use super::super::fixtures::{known, queued};
     use super::*;
 
     #[test]
     fn the_queue_does_not_matter() {
-        let residents = vec![resident(1, 10, Some(0)), resident(2, 20, None)];
-        assert_eq!(evict(&View { residents, ..View::default() }, 1), [key(1)]);
+        assert!(rank(&queued(10, 0)) < rank(&known(20)));
     }
 }

@@ -1,60 +1,58 @@
-//! Which block to move next: pure functions over a [`View`], no clock, no I/O.
+//! Which block leaves a tier next, and which comes: pure functions, no clock, no I/O.
 //!
-//! [`lookahead`] is CachedAttention's (ATC'24, sections 3.3.1 and 3.3.2); [`lru`] and [`fifo`] are there to compare
-//! with: they see no queue, and promote only what a lookup asks for.
+//! A policy maps what is [`Known`] of a block to a [`Rank`]; the smallest rank leaves first. [`Order`]
+//! keeps a tier's blocks by rank, so that a choice costs the logarithm of their number: a rank changes only
+//! when something that is known of its block does (`docs/adr/0010-policies-as-ranks.md`).
+//!
+//! [`lookahead`] is CachedAttention's (ATC'24, 3.3.1 and 3.3.2); [`lru`], [`fifo`] and [`s3fifo`] are there to
+//! compare with: they see no queue, and promote only what a lookup asks for.
 
 pub mod fifo;
+pub mod index;
 pub mod lookahead;
 pub mod lru;
+pub mod order;
+pub mod s3fifo;
 
-use kv_protocol::BlockKey;
+use std::cmp::Reverse;
 
-/// A block in a host frame that nobody holds: a candidate to be demoted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resident {
-    /// Name.
-    pub key: BlockKey,
-    /// Last commit, lookup or promote; Unix milliseconds.
+pub use index::{Index, Promote, Residence, Standing};
+pub use order::{Order, Victim};
+
+/// When a waiting turn starts, relative to the others: the smallest starts first. Absolute, not a place: a
+/// turn keeps its ticket when those before it leave the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueueTicket(pub u64);
+
+/// What is known of a block: all that a rank may depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// Last commit, lookup or promote; milliseconds.
     pub used_ms: u64,
-    /// Order in which blocks came into the host tier.
+    /// Order in which blocks came into the cache.
     pub arrival: u64,
     /// Blocks before it in its chain. Later blocks go first: a chain is useful up to its first gap.
     pub depth: u32,
-    /// Place of the first queued turn that will read it.
-    pub turn: Option<u32>,
+    /// First queued turn that will read it.
+    pub turn: Option<QueueTicket>,
+    /// When its conversation is expected to ask again, if that can be foretold; milliseconds.
+    pub returns_ms: Option<u64>,
 }
 
-/// A waiting turn, as the daemon knows it from hints.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QueuedTurn {
-    /// 0 starts next.
-    pub place: u32,
-    /// Known blocks of its history.
-    pub blocks: u32,
-    /// Those of them that are on disk only, in token order.
-    pub on_disk: Vec<BlockKey>,
+/// A block's place in the order of leaving: the smallest leaves first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    class: u8,
+    order: u64,
+    from_end: Reverse<u32>,
 }
 
-/// What a policy sees. Blocks are all of one size.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct View {
-    /// Candidates to be demoted.
-    pub residents: Vec<Resident>,
-    /// Waiting turns, by place.
-    pub turns: Vec<QueuedTurn>,
-    /// Blocks that the host tier holds when full.
-    pub host_blocks: u64,
-    /// Blocks that the disk tier holds when full.
-    pub disk_blocks: u64,
-}
-
-/// A block to bring from disk, for which turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Promote {
-    /// Name.
-    pub key: BlockKey,
-    /// Place of the turn.
-    pub place: u32,
+impl Rank {
+    /// All of a class leave before the next class; inside it, by `order`; of one chain, the last block
+    /// first.
+    pub fn new(class: u8, order: u64, depth: u32) -> Self {
+        Self { class, order, from_end: Reverse(depth) }
+    }
 }
 
 /// Names of the policies.
@@ -67,47 +65,22 @@ pub enum PolicyKind {
     Lru,
     /// First come, first out.
     Fifo,
-}
-
-impl PolicyKind {
-    /// What to bring from disk before it is asked for, most urgent first.
-    pub fn promote(self, view: &View) -> Vec<Promote> {
-        match self {
-            PolicyKind::LookAhead => lookahead::promote(view),
-            PolicyKind::Lru | PolicyKind::Fifo => Vec::new(),
-        }
-    }
-
-    /// Which residents to demote, first to go first; at most `need`.
-    pub fn evict(self, view: &View, need: usize) -> Vec<BlockKey> {
-        match self {
-            PolicyKind::LookAhead => lookahead::evict(view, need),
-            PolicyKind::Lru => lru::evict(view, need),
-            PolicyKind::Fifo => fifo::evict(view, need),
-        }
-    }
-}
-
-/// Keys of the first `need` residents in the order that `rank` gives.
-fn first_by<R: Ord>(view: &View, need: usize, rank: impl Fn(&Resident) -> R) -> Vec<BlockKey> {
-    let mut residents: Vec<&Resident> = view.residents.iter().collect();
-    residents.sort_by_key(|resident| rank(resident));
-    residents.iter().take(need).map(|resident| resident.key).collect()
+    /// Three queues: newcomers must be used again to stay.
+    #[value(name = "s3-fifo")]
+    S3Fifo,
 }
 
 #[cfg(test)]
 pub(crate) mod fixtures {
     use super::*;
 
-    pub(crate) fn key(number: u8) -> BlockKey {
-        BlockKey([number; 32])
+    /// A block that no turn needs.
+    pub(crate) fn known(used_ms: u64) -> Known {
+        Known { used_ms, arrival: 0, depth: 0, turn: None, returns_ms: None }
     }
 
-    pub(crate) fn resident(number: u8, used_ms: u64, turn: Option<u32>) -> Resident {
-        Resident { key: key(number), used_ms, arrival: number.into(), depth: 0, turn }
-    }
-
-    pub(crate) fn turn(place: u32, blocks: u32, on_disk: &[u8]) -> QueuedTurn {
-        QueuedTurn { place, blocks, on_disk: on_disk.iter().map(|&n| key(n)).collect() }
+    /// A block that a turn needs.
+    pub(crate) fn queued(used_ms: u64, ticket: u64) -> Known {
+        Known { turn: Some(QueueTicket(ticket)), ..known(used_ms) }
     }
 }

@@ -20,6 +20,16 @@ const FREE_SHARE_LOW: u32 = 16;
 /// High watermark: eviction goes on to here, so that it runs in rounds.
 const FREE_SHARE_HIGH: u32 = 8;
 
+/// Frames below which eviction begins, of `frames` in all.
+pub fn free_low(frames: u32) -> u32 {
+    (frames / FREE_SHARE_LOW).max(1)
+}
+
+/// Free frames up to which eviction goes on, of `frames` in all.
+pub fn free_high(frames: u32) -> u32 {
+    (frames / FREE_SHARE_HIGH).max(2)
+}
+
 /// Why a peer's handle is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -77,6 +87,7 @@ pub struct HostTier {
     info: Vec<Info>,
     free: VecDeque<FrameIndex>,
     counts: FrameCounts,
+    changed: Vec<BlockKey>,
 }
 
 /// A block found in the region by a restarted worker.
@@ -94,7 +105,8 @@ impl HostTier {
     pub fn adopt(table: FrameTable) -> (Self, Vec<Adopted>, u32) {
         let count = table.layout().frame_count();
         let info = vec![Info::default(); count as usize];
-        let mut host = Self { table, info, free: VecDeque::new(), counts: FrameCounts::default() };
+        let (free, counts) = (VecDeque::new(), FrameCounts::default());
+        let mut host = Self { table, info, free, counts, changed: Vec::new() };
         let (mut adopted, mut corrupt) = (Vec::new(), 0);
         for frame in host.table.frames() {
             match host.adopt_frame(frame) {
@@ -175,12 +187,12 @@ impl HostTier {
 
     /// Frames below which eviction begins.
     pub fn free_low(&self) -> u32 {
-        (self.table.layout().frame_count() / FREE_SHARE_LOW).max(1)
+        free_low(self.table.layout().frame_count())
     }
 
     /// Free frames up to which eviction goes on.
     pub fn free_high(&self) -> u32 {
-        (self.table.layout().frame_count() / FREE_SHARE_HIGH).max(2)
+        free_high(self.table.layout().frame_count())
     }
 
     fn count_mut(&mut self, state: FrameState) -> &mut u32 {
@@ -202,7 +214,17 @@ impl HostTier {
         let word = self.table.change(frame, to, owner)?;
         *self.count_mut(from) -= 1;
         *self.count_mut(to) += 1;
+        self.note(frame);
         Ok(FrameHandle { frame, generation: word.generation })
+    }
+
+    fn note(&mut self, frame: FrameIndex) {
+        self.changed.extend(self.info[frame.0 as usize].block);
+    }
+
+    /// Blocks whose frames were pinned, held or let go since the last call.
+    pub fn take_changed(&mut self) -> Vec<BlockKey> {
+        std::mem::take(&mut self.changed)
     }
 
     /// Takes a free frame for somebody to fill.
@@ -289,12 +311,14 @@ impl HostTier {
     /// A disk thread begins to read a frame.
     pub fn hold(&mut self, frame: FrameIndex) {
         self.info[frame.0 as usize].holds += 1;
+        self.note(frame);
     }
 
     /// A disk thread has read a frame.
     pub fn release_hold(&mut self, frame: FrameIndex) {
         let info = &mut self.info[frame.0 as usize];
         info.holds = info.holds.saturating_sub(1);
+        self.note(frame);
         self.free_orphan(frame);
     }
 
