@@ -29,7 +29,7 @@ pub struct Flags {
     /// Health, metrics, status.
     #[arg(long, env = "COLLOQUY_HTTP", default_value = "0.0.0.0:9100")]
     pub http: SocketAddr,
-    /// Which blocks leave the host tier first.
+    /// Which blocks leave the tiers first.
     #[arg(long, env = "COLLOQUY_POLICY", value_enum, default_value_t = PolicyKind::LookAhead)]
     pub policy: PolicyKind,
     /// Seconds after its last use at which a block is forgotten; 0 is never.
@@ -106,7 +106,8 @@ impl TryFrom<Flags> for Config {
     }
 }
 
-fn parse_bytes(text: &str) -> Result<u64, String> {
+/// Bytes, plain or with a unit: KiB to TiB are powers of 1,024, KB to TB of 1,000.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a number of bytes"))?;
     let factor: u64 = match &text[digits.len()..] {
@@ -115,7 +116,11 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         "Mi" | "MiB" => 1 << 20,
         "Gi" | "GiB" => 1 << 30,
         "Ti" | "TiB" => 1 << 40,
-        unit => return Err(format!("unknown unit {unit:?}: use KiB, MiB, GiB or TiB")),
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        unit => return Err(format!("unknown unit {unit:?}: use KiB to TiB, or KB to TB")),
     };
     number.checked_mul(factor).ok_or_else(|| format!("{text} is too large"))
 }
@@ -129,6 +134,7 @@ mod tests {
         assert_eq!(parse_bytes("1048576"), Ok(1 << 20));
         assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
         assert_eq!(parse_bytes("512Mi"), Ok(512 << 20));
+        assert_eq!(parse_bytes("5GB"), Ok(5_000_000_000));
         assert!(parse_bytes("12 parsecs").is_err());
         assert!(parse_bytes("99999999999TiB").is_err());
     }

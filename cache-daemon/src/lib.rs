@@ -2,7 +2,7 @@
 //! runtime's queue says.
 //!
 //! Reading order: [`supervise`], [`worker`], [`daemon`] (the loop), [`attachment`], [`store`],
-//! [`transfer`], [`directory`], [`queue`], [`policy`], [`tier`].
+//! [`transfer`], [`directory`], [`queue`], [`policy`], [`tier`]. [`sim`] drives the middle of it without the rest.
 //!
 //! **Invariant:** the daemon never parses weights, never speaks to a GPU, and knows no model but by
 //! its geometry and fingerprint.
@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod policy;
 pub mod queue;
 pub mod shm;
+pub mod sim;
 pub mod store;
 pub mod supervise;
 pub mod tier;
