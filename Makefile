@@ -12,7 +12,7 @@ CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime bench-hints fmt weights tools prepare
+.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime bench-hints bench-hit-rate fmt weights tools prepare
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-runtime: build weights ## Runtime speed against llama.cpp and against itse
 
 bench-hints: build ## What hints, lookups and credits cost an engine step, all cores busy
 	@$(BIN)/bench_hints
+
+bench-hit-rate: build ## Hit rates of the policies on generated traces, in the paper's settings and others
+	@$(BIN)/bench_hit_rate
 
 fmt: ## Format all Rust code
 	@cargo fmt --all

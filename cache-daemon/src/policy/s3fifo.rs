@@ -36,6 +36,7 @@ impl Entry {
     }
 
     /// Counts a use, if there was one since the last look.
+    #[must_use]
     pub fn seen(self, known: &Known) -> Self {
         let was_used = known.used_ms > self.used_ms;
         let uses = (self.uses + u8::from(was_used)).min(USES_MAX);

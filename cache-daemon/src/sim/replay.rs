@@ -401,10 +401,8 @@ impl<'a> Replay<'a> {
 
     fn count(&mut self, turn: &Turn, needed: usize, found: usize, in_host: usize) {
         let size = u64::from(self.trace.block_tokens);
-        let tokens = match turn.is_named {
-            true => needed as u64 * size,
-            false => u64::from(turn.history_tokens),
-        };
+        let tokens =
+            if turn.is_named { needed as u64 * size } else { u64::from(turn.history_tokens) };
         let of = |blocks: usize| (blocks as u64 * size).min(tokens);
         let outcome = &mut self.outcome;
         outcome.turns += 1;

@@ -102,20 +102,20 @@ impl Trace {
     /// Reads a trace; every line is checked.
     pub fn read(reader: impl BufRead) -> Result<Self, TraceError> {
         let mut lines = (1..).zip(reader.lines());
-        let (_, first) = lines.next().ok_or_else(|| wrong(1, "the header is missing"))?;
-        let header: Header = serde_json::from_str(&first?).map_err(|error| wrong(1, error))?;
+        let (_, first) = lines.next().ok_or_else(|| wrong(1, &"the header is missing"))?;
+        let header: Header = serde_json::from_str(&first?).map_err(|error| wrong(1, &error))?;
         if header.colloquy_trace != VERSION {
             let version = header.colloquy_trace;
-            return Err(wrong(1, format!("version {version}, this program reads {VERSION}")));
+            return Err(wrong(1, &format!("version {version}, this program reads {VERSION}")));
         }
         if header.block_tokens == 0 {
-            return Err(wrong(1, "block_tokens is 0"));
+            return Err(wrong(1, &"block_tokens is 0"));
         }
         let mut turns = Vec::new();
         for (number, line) in lines {
             let line = line?;
             if !line.trim().is_empty() {
-                turns.push(serde_json::from_str(&line).map_err(|error| wrong(number, error))?);
+                turns.push(serde_json::from_str(&line).map_err(|error| wrong(number, &error))?);
             }
         }
         Ok(Self { header, turns })
@@ -141,7 +141,7 @@ impl Trace {
     }
 }
 
-fn wrong(line: usize, message: impl ToString) -> TraceError {
+fn wrong(line: usize, message: &impl ToString) -> TraceError {
     TraceError::Line { line, message: message.to_string() }
 }
 
