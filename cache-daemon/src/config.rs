@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::policy::PolicyKind;
+use crate::tier::disk::Engine;
 
 /// Most bytes a region may have: offsets stay far from overflow.
 const HOST_BYTES_MAX: u64 = 1 << 42;
@@ -26,6 +27,9 @@ pub struct Flags {
     /// Bytes that the disk tier may take.
     #[arg(long, env = "COLLOQUY_DISK_BYTES", value_parser = parse_bytes, default_value = "1GiB")]
     pub disk_bytes: u64,
+    /// What keeps the payload on disk; by default slots, or blobdb where the folder has such a store.
+    #[arg(long, env = "COLLOQUY_DISK_ENGINE", value_enum)]
+    pub disk_engine: Option<Engine>,
     /// Health, metrics, status.
     #[arg(long, env = "COLLOQUY_HTTP", default_value = "0.0.0.0:9100")]
     pub http: SocketAddr,
@@ -51,6 +55,8 @@ pub struct Config {
     pub disk_dir: Option<PathBuf>,
     /// See [`Flags::disk_bytes`].
     pub disk_bytes: u64,
+    /// See [`Flags::disk_engine`].
+    pub disk_engine: Option<Engine>,
     /// See [`Flags::http`].
     pub http: SocketAddr,
     /// See [`Flags::policy`].
@@ -98,6 +104,7 @@ impl TryFrom<Flags> for Config {
             host_bytes,
             disk_dir: flags.disk_dir,
             disk_bytes: flags.disk_bytes,
+            disk_engine: flags.disk_engine,
             http: flags.http,
             policy: flags.policy,
             ttl: (flags.ttl_seconds > 0).then(|| Duration::from_secs(flags.ttl_seconds)),

@@ -537,7 +537,7 @@ impl Daemon {
     }
 
     fn ended(&mut self) -> Option<Ended> {
-        if self.store.transfers.disk_state == DiskState::Failed {
+        if self.store.transfers.is_beyond_recovery() {
             let since = *self.disk_failed_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= FAILED_DISK_MAX {
                 return Some(Ended::DiskFailed);
@@ -582,6 +582,9 @@ impl Daemon {
                 stored_bytes: transfers.stored_bytes,
                 physical_bytes: transfers.physical_bytes,
                 bytes_max: self.store.config.disk_bytes,
+                engine: self.store.config.disk_engine.label(),
+                direct_io: transfers.direct_io,
+                error: transfers.disk_error.clone(),
             },
             promotes_by_hint: transfers.promotes_by_hint,
             promotes_by_lookup: transfers.promotes_by_lookup,

@@ -71,6 +71,12 @@ pub struct DiskStatus {
     pub physical_bytes: u64,
     /// Allowed.
     pub bytes_max: u64,
+    /// `slots` or `blobdb`.
+    pub engine: &'static str,
+    /// Whether payloads pass the page cache by.
+    pub direct_io: bool,
+    /// Why the last write was not done; gone when one is.
+    pub error: Option<String>,
 }
 
 /// All metrics of the daemon, prefixed `colloquy_cache_`.

@@ -14,7 +14,7 @@ use crate::directory::{Block, Directory, Link, OnDisk};
 use crate::metrics::Metrics;
 use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
 use crate::queue::{Queue, TurnId};
-use crate::tier::disk::DiskWorkers;
+use crate::tier::disk::{DiskWorkers, Engine};
 use crate::tier::host::HostTier;
 use crate::transfer::{Transfers, Waiter};
 
@@ -23,6 +23,8 @@ use crate::transfer::{Transfers, Waiter};
 pub struct StoreConfig {
     /// Which blocks leave the tiers first.
     pub policy: PolicyKind,
+    /// What keeps the payload on disk.
+    pub disk_engine: Engine,
     /// Bytes that the disk tier may take; 0 is no disk.
     pub disk_bytes: u64,
     /// Milliseconds after its last use at which a block is forgotten.
@@ -69,7 +71,7 @@ impl Store {
             index: Index::new(config.policy),
             host: None,
             disk,
-            transfers: Transfers::new(config.disk_bytes),
+            transfers: Transfers::new(config.disk_bytes, config.disk_engine),
             conversations: Conversations::new(config.disk_bytes / 8),
             metrics,
         }

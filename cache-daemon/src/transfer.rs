@@ -15,7 +15,9 @@ use kv_protocol::{
 use crate::directory::{Block, OnDisk};
 use crate::policy::QueueTicket;
 use crate::store::Store;
-use crate::tier::disk::{Done, Job, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure};
+use crate::tier::disk::{
+    Done, Engine, Job, PROBING, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure,
+};
 
 /// Blocks read from disk at once: 8 to 16 MB in flight at a block of one or two megabytes.
 const READS_MAX: usize = 8;
@@ -27,6 +29,11 @@ const DISK_SHARE_PERCENT: u64 = 80;
 const GARBAGE_PERCENT: u64 = 30;
 /// Below this much garbage reclaiming is not worth its reads.
 const GARBAGE_BYTES_MIN: u64 = 32 << 20;
+
+/// First pause before a failed disk tier is tried again, doubled up to [`RETRY_MAX_MS`].
+const RETRY_MIN_MS: u64 = 250;
+/// Longest such pause: a volume that an operator has repaired is in use soon.
+const RETRY_MAX_MS: u64 = 30_000;
 
 /// Who waits for a promote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +66,7 @@ pub enum DiskState {
     Opening,
     /// In use.
     Ready,
-    /// A write failed: reads go on, writes are skipped until the worker restarts.
+    /// A write failed: reads go on, writes are skipped until one that is tried now and then succeeds.
     Failed,
 }
 
@@ -85,7 +92,18 @@ struct Reading {
 #[derive(Debug)]
 pub struct Transfers {
     pub(crate) disk_state: DiskState,
+    /// Why the last write was not done.
+    pub(crate) disk_error: Option<String>,
+    pub(crate) direct_io: bool,
+    engine: Engine,
+    /// Whether the store was ever open.
+    opened: bool,
+    /// While failed: when to try again, and the pause before that.
+    retry: Option<(u64, u64)>,
     disk_bytes_max: u64,
+    /// What turned out to fit, below `disk_bytes_max` while the volume has less; and until when.
+    disk_bytes_fitting: u64,
+    fitting_until_ms: Option<u64>,
     pub(crate) stored_bytes: u64,
     pub(crate) physical_bytes: u64,
     /// Blocks on disk by the order of their writes.
@@ -119,10 +137,17 @@ pub struct Transfers {
 }
 
 impl Transfers {
-    pub(crate) fn new(disk_bytes: u64) -> Self {
+    pub(crate) fn new(disk_bytes: u64, engine: Engine) -> Self {
         Self {
+            disk_error: None,
+            direct_io: false,
+            engine,
+            opened: false,
+            retry: None,
             disk_state: if disk_bytes > 0 { DiskState::Opening } else { DiskState::None },
             disk_bytes_max: disk_bytes / 100 * DISK_SHARE_PERCENT,
+            disk_bytes_fitting: u64::MAX,
+            fitting_until_ms: None,
             stored_bytes: 0,
             physical_bytes: 0,
             stored: BTreeMap::new(),
@@ -221,6 +246,11 @@ impl Transfers {
         writes || !self.reading.is_empty()
     }
 
+    /// Failed in a way that only a new worker can mend.
+    pub(crate) fn is_beyond_recovery(&self) -> bool {
+        self.disk_state == DiskState::Failed && !(self.opened && self.engine.recovers())
+    }
+
     pub(crate) fn can_write(&self) -> bool {
         matches!(self.disk_state, DiskState::Ready | DiskState::Opening)
     }
@@ -264,11 +294,6 @@ impl Transfers {
     }
 }
 
-/// Bytes that a block takes on disk: payload, header in both families, keys.
-fn disk_bytes(geometry: &kv_protocol::Geometry) -> u64 {
-    geometry.payload_bytes() + 2 * BlockHeader::bytes(geometry) as u64 + 256
-}
-
 impl Store {
     /// Begins whatever can begin. Promotes that cannot be are returned.
     pub(crate) fn begin_moves(&mut self, queue_changed: bool, now_ms: u64) -> Vec<Arrival> {
@@ -280,6 +305,7 @@ impl Store {
         let failed = self.begin_reads();
         self.begin_writes();
         self.begin_maintenance();
+        self.retry_disk(now_ms);
         failed
     }
 
@@ -440,12 +466,14 @@ impl Store {
             let table = host.table().clone();
             let Ok(word) = table.state(frame) else { continue };
             let handle = FrameHandle { frame, generation: word.generation };
-            let bytes = disk_bytes(table.geometry());
+            let bytes = self.transfers.engine.block_bytes(table.geometry());
             if !self.make_disk_room(&key, bytes) {
                 self.metrics.writes_skipped.inc();
                 self.leave_unsaved(&key);
                 continue;
             }
+            self.send_removals(); // Their room may be this block's.
+            let Some(host) = &mut self.host else { return };
             let order = self.transfers.next_order;
             let job = Job::Write { key, handle, table, order };
             if self.disk.write(job).is_err() {
@@ -455,9 +483,7 @@ impl Store {
             }
             self.transfers.next_order += 1;
             self.transfers.writing += 1;
-            if let Some(host) = &mut self.host {
-                host.hold(frame);
-            }
+            host.hold(frame);
             if let Some(block) = self.directory.get_mut(&key) {
                 block.disk = OnDisk::Writing;
             }
@@ -481,7 +507,10 @@ impl Store {
     /// Drops blocks from disk until `bytes` more fit, those first that the policy gives up first. A block
     /// that would itself be the first to leave does not come.
     fn make_disk_room(&mut self, key: &BlockKey, bytes: u64) -> bool {
-        let limit = self.transfers.disk_bytes_max;
+        let limit = self.transfers.disk_bytes_max.min(self.transfers.disk_bytes_fitting);
+        if bytes > limit {
+            return false;
+        }
         let Some(incoming) = self.directory.get(key) else { return false };
         let incoming = incoming.known(self.queue.first_turn(key));
         let under_way = self.transfers.writing as u64 * bytes;
@@ -505,7 +534,7 @@ impl Store {
         self.metrics.evictions.with_label_values(&["disk"]).inc();
     }
 
-    fn begin_maintenance(&mut self) {
+    fn send_removals(&mut self) {
         let transfers = &mut self.transfers;
         while !transfers.removals.is_empty() {
             let rest = transfers.removals.len().saturating_sub(REMOVALS_MAX);
@@ -516,6 +545,11 @@ impl Store {
             }
             transfers.maintaining += 1;
         }
+    }
+
+    fn begin_maintenance(&mut self) {
+        self.send_removals();
+        let transfers = &mut self.transfers;
         while let Some(id) = transfers.record_removals.pop() {
             if self.disk.write(Job::RemoveConversation(id)).is_err() {
                 transfers.record_removals.push(id);
@@ -526,16 +560,56 @@ impl Store {
         let garbage = transfers.physical_bytes.saturating_sub(transfers.stored_bytes);
         let is_much =
             garbage > GARBAGE_BYTES_MIN && garbage > transfers.stored_bytes / 100 * GARBAGE_PERCENT;
-        if is_much && !transfers.reclaiming && self.disk.write(Job::Reclaim).is_ok() {
+        let collects = transfers.engine.leaves_garbage() && is_much;
+        if collects && !transfers.reclaiming && self.disk.write(Job::Reclaim).is_ok() {
             transfers.reclaiming = true;
             transfers.maintaining += 1;
+        }
+    }
+
+    /// A failed store is tried again, with growing pauses.
+    fn retry_disk(&mut self, now_ms: u64) {
+        let transfers = &mut self.transfers;
+        if transfers.disk_bytes_fitting < u64::MAX {
+            let until_ms = *transfers.fitting_until_ms.get_or_insert(now_ms + RETRY_MAX_MS);
+            if now_ms >= until_ms {
+                transfers.disk_bytes_fitting = u64::MAX; // There may be more room by now.
+                transfers.fitting_until_ms = None;
+            }
+        }
+        let may_recover = transfers.opened && transfers.engine.recovers();
+        if transfers.disk_state != DiskState::Failed || !may_recover {
+            return;
+        }
+        let (at_ms, pause_ms) =
+            *transfers.retry.get_or_insert((now_ms + RETRY_MIN_MS, RETRY_MIN_MS));
+        if now_ms >= at_ms && self.disk.write(Job::Probe).is_ok() {
+            let pause_ms = (2 * pause_ms).min(RETRY_MAX_MS);
+            transfers.retry = Some((now_ms + pause_ms, pause_ms));
+            transfers.maintaining += 1;
+        }
+    }
+
+    /// Writes go through again: what is in frames only is queued.
+    fn disk_recovered(&mut self) {
+        tracing::info!("the disk tier is in use again");
+        self.transfers.disk_state = DiskState::Ready;
+        self.transfers.disk_error = None;
+        self.transfers.retry = None;
+        let unsaved =
+            |(_, block): &(&BlockKey, &Block)| block.host.is_some() && block.disk == OnDisk::Absent;
+        for (key, block) in self.directory.iter().filter(unsaved) {
+            self.transfers.mark_dirty(*key, block.is_full);
         }
     }
 
     /// The end of a disk job. Second: promotes that ended with it.
     pub(crate) fn finish(&mut self, done: Done) -> Option<Arrival> {
         match done {
-            Done::Loaded { blocks, conversations, corrupt } => {
+            Done::Loaded { blocks, conversations, corrupt, usage } => {
+                self.transfers.opened = true;
+                self.transfers.physical_bytes = usage.physical_bytes;
+                self.transfers.direct_io = usage.direct_io;
                 self.loaded(blocks, &conversations, corrupt);
             }
             Done::LoadFailed(error) => self.disk_failed(&error),
@@ -547,8 +621,10 @@ impl Store {
                 if what == "reclaiming space" {
                     self.transfers.reclaiming = false;
                 }
-                if let Some(error) = error {
-                    self.disk_failed(&error);
+                match error {
+                    Some(error) => self.disk_failed(&error),
+                    None if what == PROBING => self.disk_recovered(),
+                    None => {}
                 }
             }
             Done::ConversationPut { .. } => self.transfers.maintaining -= 1,
@@ -559,8 +635,9 @@ impl Store {
 
     fn disk_failed(&mut self, error: &dyn std::error::Error) {
         self.metrics.disk_errors.inc();
+        self.transfers.disk_error = Some(error.to_string());
         if self.transfers.disk_state != DiskState::Failed {
-            tracing::error!(%error, "the disk tier takes no writes until the worker restarts");
+            tracing::error!(%error, "the disk tier takes no writes for now");
             self.transfers.disk_state = DiskState::Failed;
         }
     }
@@ -588,7 +665,8 @@ impl Store {
             let mut block = Block::new(&header, is_full);
             block.disk = OnDisk::Stored { order };
             let key = header.key;
-            self.transfers.set_stored(order, key, disk_bytes(&geometry));
+            let bytes = self.transfers.engine.block_bytes(&geometry);
+            self.transfers.set_stored(order, key, bytes);
             match self.directory.get_mut(&key) {
                 None => self.directory.insert(key, block),
                 Some(known) if known.has_labels_of(&block) && known.disk == OnDisk::Absent => {
@@ -611,7 +689,8 @@ impl Store {
         result: Result<(), WriteFailure>,
     ) {
         self.transfers.writing -= 1;
-        let bytes = self.geometry().map_or(0, disk_bytes);
+        let engine = self.transfers.engine;
+        let bytes = self.geometry().map_or(0, |geometry| engine.block_bytes(geometry));
         if let Some(host) = &mut self.host {
             host.release_hold(frame);
         }
@@ -622,6 +701,7 @@ impl Store {
         match result {
             Ok(()) => {
                 self.transfers.writes += 1;
+                self.transfers.disk_error = None;
                 self.metrics.writes.inc();
                 self.transfers.set_stored(order, key, bytes);
                 match self.directory.get_mut(&key) {
@@ -637,6 +717,11 @@ impl Store {
                     block.disk = OnDisk::Absent;
                 }
                 match failure {
+                    WriteFailure::Disk(error) if error.is_full() => {
+                        // The next write makes its room by dropping the oldest, as in a full tier.
+                        self.transfers.disk_bytes_fitting = self.transfers.stored_bytes;
+                        self.transfers.disk_error = Some(error.to_string());
+                    }
                     WriteFailure::Disk(error) => self.disk_failed(&error),
                     WriteFailure::Checksum if is_ours => {
                         tracing::warn!(%key, "block forgotten: its frame is not what was committed");
@@ -668,7 +753,9 @@ impl Store {
                     self.transfers.failed_hints.insert(key);
                 }
                 if reason != MissReason::Io {
-                    self.metrics.corrupt.with_label_values(&["disk block"]).inc();
+                    if reason != MissReason::Evicted {
+                        self.metrics.corrupt.with_label_values(&["disk block"]).inc();
+                    }
                     self.forget(&key, reason); // It will not get better.
                 }
                 return Some(Arrival { result: Err(reason), waiters });

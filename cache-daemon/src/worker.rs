@@ -14,8 +14,7 @@ use crate::metrics::Metrics;
 use crate::shm::map::{self, EXTENT_BYTES, MapError};
 use crate::store::{Store, StoreConfig};
 use crate::tier::disk::none::NoDisk;
-use crate::tier::disk::rocks::RocksTier;
-use crate::tier::disk::{DiskError, DiskTier, DiskWorkers};
+use crate::tier::disk::{DiskError, DiskTier, DiskWorkers, Engine};
 use crate::{http, listen};
 
 /// Why a worker did not start.
@@ -72,10 +71,13 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
     let (disk_events, disk_done) = channel();
     http::spawn(config.http, metrics.clone(), peer_events.clone(), notify.clone())
         .map_err(start("http"))?;
-    let disk = DiskWorkers::spawn(opener(config), disk_events, notify.clone())
+    let of_folder = || config.disk_dir.as_deref().map_or(Engine::Slots, Engine::of_folder);
+    let engine = config.disk_engine.unwrap_or_else(of_folder);
+    let disk = DiskWorkers::spawn(opener(config, engine), disk_events, notify.clone())
         .map_err(start("disk threads"))?;
     let store_config = StoreConfig {
         policy: config.policy,
+        disk_engine: engine,
         disk_bytes: if config.disk_dir.is_some() { config.disk_bytes } else { 0 },
         ttl_ms: config.ttl.map(|ttl| ttl.as_millis() as u64),
         tail_idle_ms: config.tail_idle.as_millis() as u64,
@@ -91,11 +93,12 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
 
 fn opener(
     config: &Config,
+    engine: Engine,
 ) -> impl FnOnce() -> Result<Box<dyn DiskTier>, DiskError> + Send + 'static {
     let (dir, bytes) = (config.disk_dir.clone(), config.disk_bytes);
     move || {
         Ok(match dir {
-            Some(dir) => Box::new(RocksTier::open(&dir, bytes)?),
+            Some(dir) => engine.open(&dir, bytes)?,
             None => Box::new(NoDisk),
         })
     }

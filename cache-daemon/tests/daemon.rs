@@ -17,6 +17,9 @@ fn start(dir: &Path, frames: u64, more: &[&str]) -> Daemon {
     Daemon::start(Path::new(BINARY), dir, region_bytes(frames), more)
 }
 
+const SLOTS: &str = "--disk-engine=slots";
+const BLOBDB: &str = "--disk-engine=blobdb";
+
 #[test]
 fn a_saved_conversation_is_found_with_its_tail() {
     let dir = tempfile::tempdir().unwrap();
@@ -87,8 +90,14 @@ fn a_new_runtime_finds_what_the_old_one_left() {
 
 #[test]
 fn another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks() {
+    for engine in [SLOTS, BLOBDB] {
+        another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks_on(engine);
+    }
+}
+
+fn another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks_on(engine: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = start(dir.path(), 64, &[]);
+    let daemon = start(dir.path(), 64, &[engine]);
     let tokens = conversation(1, 16 * 4);
     let mut first = Driver::attach(&daemon.socket, geometry());
     first.save(&tokens).unwrap();
@@ -106,11 +115,17 @@ fn another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks() 
 
 #[test]
 fn blocks_and_records_survive_the_whole_daemon() {
+    for engine in [SLOTS, BLOBDB] {
+        blocks_and_records_survive_the_whole_daemon_on(engine);
+    }
+}
+
+fn blocks_and_records_survive_the_whole_daemon_on(engine: &str) {
     let dir = tempfile::tempdir().unwrap();
     let tokens = conversation(1, 16 * 20 + 5);
     let id = ConversationId([7; 32]);
     {
-        let daemon = start(dir.path(), 64, &[]);
+        let daemon = start(dir.path(), 64, &[engine]);
         let mut driver = Driver::attach(&daemon.socket, geometry());
         driver.save(&tokens).unwrap();
         driver.client.put_conversation(id, b"a record".to_vec()).unwrap();
@@ -118,7 +133,7 @@ fn blocks_and_records_survive_the_whole_daemon() {
         drop(driver);
         assert_eq!(daemon.stop(), Some(0)); // SIGTERM: tails, too.
     }
-    let daemon = start(dir.path(), 64, &[]);
+    let daemon = start(dir.path(), 64, &[engine]);
     let mut driver = Driver::attach(&daemon.socket, geometry());
     assert_eq!(ask(&mut driver, id).as_deref(), Some(&b"a record"[..]));
     until("the index is read", || {
@@ -143,15 +158,21 @@ fn ask(driver: &mut Driver, id: ConversationId) -> Option<Vec<u8>> {
 
 #[test]
 fn sealed_blocks_survive_a_killed_supervisor() {
+    for engine in [SLOTS, BLOBDB] {
+        sealed_blocks_survive_a_killed_supervisor_on(engine);
+    }
+}
+
+fn sealed_blocks_survive_a_killed_supervisor_on(engine: &str) {
     let dir = tempfile::tempdir().unwrap();
     let tokens = conversation(1, 16 * 12);
     {
-        let daemon = start(dir.path(), 64, &[]);
+        let daemon = start(dir.path(), 64, &[engine]);
         let mut driver = Driver::attach(&daemon.socket, geometry());
         driver.save(&tokens).unwrap();
         until("all is written", || (daemon.status_u64("/blocks/disk") == 12).then_some(()));
     } // SIGKILL.
-    let daemon = start(dir.path(), 64, &[]);
+    let daemon = start(dir.path(), 64, &[engine]);
     let mut driver = Driver::attach(&daemon.socket, geometry());
     until("the index is read", || (daemon.status_u64("/blocks/disk") == 12).then_some(()));
     assert_eq!(driver.load(&tokens).unwrap().disk, 12);
@@ -206,8 +227,14 @@ fn with_room_for_one_of_three_conversations_hints_bring_them_back_in_time() {
 
 #[test]
 fn a_full_disk_tier_drops_the_oldest() {
+    for engine in [SLOTS, BLOBDB] {
+        a_full_disk_tier_drops_the_oldest_on(engine);
+    }
+}
+
+fn a_full_disk_tier_drops_the_oldest_on(engine: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = start(dir.path(), 64, &["--disk-bytes=16777216"]);
+    let daemon = start(dir.path(), 64, &[engine, "--disk-bytes=16777216"]);
     let mut driver = Driver::attach(&daemon.socket, geometry());
     for number in 0..40 {
         driver.save(&conversation(number, 16 * 40)).unwrap(); // 1,600 blocks of 8 KiB: 12.8 MiB fit.
@@ -220,6 +247,31 @@ fn a_full_disk_tier_drops_the_oldest() {
     let newest = conversation(39, 16 * 40);
     assert_eq!(driver.load(&newest).unwrap().tokens, newest.len());
     assert_eq!(driver.load(&conversation(0, 16 * 40)).unwrap().miss, Some(MissReason::Evicted));
+}
+
+#[test]
+fn a_disk_that_fails_says_so_and_is_used_again_when_it_works_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = start(dir.path(), 64, &[SLOTS]);
+    let mut driver = Driver::attach(&daemon.socket, geometry());
+    let state = |wanted: &str| {
+        until(wanted, || (daemon.status().pointer("/disk/state")? == wanted).then_some(()));
+    };
+    state("ready");
+    let (slots, away) = (dir.path().join("disk/slots"), dir.path().join("disk/away"));
+    std::fs::rename(&slots, &away).unwrap(); // No slot file can be made.
+    let tokens = conversation(1, 16 * 8);
+    driver.save(&tokens).unwrap();
+    state("failed");
+    assert!(daemon.status().pointer("/disk/error").unwrap().is_string());
+    assert_eq!(driver.load(&tokens).unwrap().host, 8, "the host tier goes on");
+    std::fs::rename(&away, &slots).unwrap();
+    state("ready");
+    until("what was only in frames is written", || {
+        (daemon.status_u64("/blocks/disk") == 8).then_some(())
+    });
+    assert!(daemon.status().pointer("/disk/error").unwrap().is_null());
+    assert_eq!(daemon.status_u64("/worker_starts"), 1, "by the same worker");
 }
 
 #[test]
@@ -318,7 +370,7 @@ fn a_truncated_value_on_disk_is_a_miss() {
     let dir = tempfile::tempdir().unwrap();
     let tokens = conversation(1, 16 * 4);
     {
-        let daemon = start(dir.path(), 64, &[]);
+        let daemon = start(dir.path(), 64, &[BLOBDB]);
         let mut driver = Driver::attach(&daemon.socket, geometry());
         driver.save(&tokens).unwrap();
         drop(driver);
@@ -334,7 +386,8 @@ fn a_truncated_value_on_disk_is_a_miss() {
         let value = db.get_cf(payload, key.0).unwrap().unwrap();
         db.put_cf(payload, key.0, &value[..value.len() - 100]).unwrap();
     }
-    let daemon = start(dir.path(), 64, &[]);
+    let daemon = start(dir.path(), 64, &[]); // An older store goes on under its own engine.
+    assert_eq!(daemon.status().pointer("/disk/engine").unwrap(), "blobdb");
     let mut driver = Driver::attach(&daemon.socket, geometry());
     until("the index is read", || (daemon.status_u64("/blocks/disk") == 4).then_some(()));
     let loaded = driver.load(&tokens).unwrap();

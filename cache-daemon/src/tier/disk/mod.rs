@@ -6,10 +6,14 @@
 //! **Invariants**
 //! - What is read is served only if header, key, root and the CRC32C of each row are right; the row
 //!   checksums are also checked before a block is written.
-//! - A block is one atomic batch: payload and index are both there, or neither.
+//! - A block is whole or absent, whenever the process dies.
 
+pub mod engine;
 pub mod none;
 pub mod rocks;
+pub mod slots;
+
+pub use engine::Engine;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, sync_channel};
@@ -21,8 +25,10 @@ use kv_protocol::{
     BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason, RootKey,
 };
 
-/// Threads that read. Enough to keep a drive busy with blocks of a megabyte.
-pub const READERS: usize = 4;
+/// Threads that read: 8 MB in flight with blocks of a megabyte, which keeps a drive busy.
+pub const READERS: usize = 8;
+/// Blocks written as one group, with one sync.
+pub const GROUP_MAX: usize = 8;
 /// Jobs that may wait for the writer, and for the readers.
 pub const JOBS_MAX: usize = 256;
 /// Blocks in one removal.
@@ -45,12 +51,76 @@ pub enum DiskError {
         /// The database's words.
         message: String,
     },
+    /// The operating system said no.
+    #[error("disk tier: {what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Its words.
+        source: std::io::Error,
+    },
+    /// No room that may be taken.
+    #[error(
+        "disk tier has no room for {needed} more bytes: blocks leave host memory unsaved; give the volume more room, or the tier fewer --disk-bytes"
+    )]
+    Full {
+        /// Of a slot, or of a file with the reserve.
+        needed: u64,
+    },
+    /// Bytes read are not what was written.
+    #[error("disk tier: {what} is corrupt: {message}")]
+    Corrupt {
+        /// Which.
+        what: &'static str,
+        /// How it was seen.
+        message: String,
+    },
     /// The store refuses writes since one failed.
     #[error("disk tier takes no writes since one failed: {message}")]
     Poisoned {
         /// The first failure.
         message: String,
     },
+}
+
+impl DiskError {
+    /// Whether there is no room, rather than something broken.
+    pub fn is_full(&self) -> bool {
+        matches!(self, DiskError::Full { .. })
+    }
+
+    /// The same for another block of a group; an operating system's error keeps its code.
+    fn repeat(&self) -> Self {
+        match self {
+            DiskError::Absent => DiskError::Absent,
+            DiskError::Database { dir, what, message } => {
+                DiskError::Database { dir: dir.clone(), what, message: message.clone() }
+            }
+            DiskError::Io { what, source } => {
+                let same = std::io::Error::from_raw_os_error;
+                let source = source.raw_os_error().map_or_else(|| source.kind().into(), same);
+                DiskError::Io { what, source }
+            }
+            DiskError::Full { needed } => DiskError::Full { needed: *needed },
+            DiskError::Corrupt { what, message } => {
+                DiskError::Corrupt { what, message: message.clone() }
+            }
+            DiskError::Poisoned { message } => DiskError::Poisoned { message: message.clone() },
+        }
+    }
+}
+
+/// A block to be written. `fill` copies its payload to where it is given and says whether the copy is
+/// what the header vouches for; it may run on any thread.
+pub struct NewBlock<'a> {
+    /// Shape.
+    pub geometry: &'a Geometry,
+    /// Generation 0: that is a frame's, on disk there is none.
+    pub header: &'a BlockHeader,
+    /// Of this write.
+    pub order: u64,
+    /// See above.
+    pub fill: &'a (dyn Fn(&mut [u8]) -> bool + Sync),
 }
 
 /// A block that a restarted worker finds on disk.
@@ -80,6 +150,8 @@ pub struct StoredConversation {
 pub struct DiskUsage {
     /// Bytes of files, garbage included.
     pub physical_bytes: u64,
+    /// Whether payloads pass the page cache by.
+    pub direct_io: bool,
 }
 
 /// Where blocks and records rest. Calls may take as long as a disk takes.
@@ -90,14 +162,8 @@ pub trait DiskTier: Send + Sync {
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError>;
-    /// Stores a block: payload and index in one atomic step.
-    fn write(
-        &self,
-        geometry: &Geometry,
-        header: &[u8],
-        payload: &[u8],
-        order: u64,
-    ) -> Result<(), DiskError>;
+    /// Stores blocks, each whole or not at all; one result a block.
+    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>>;
     /// Gives header and payload to `sink`; `false` if there is no such block.
     fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError>;
     /// Forgets blocks.
@@ -119,7 +185,12 @@ pub trait DiskTier: Send + Sync {
     fn reclaim(&self) -> Result<(), DiskError>;
     /// Everything written so far survives a loss of power after this.
     fn flush(&self) -> Result<(), DiskError>;
+    /// After a failure: whether writes go through again, and makes them if they can be made to.
+    fn probe(&self) -> Result<(), DiskError>;
 }
+
+/// [`Done::Maintained::what`] of a [`Job::Probe`].
+pub const PROBING: &str = "trying whether writes go through";
 
 /// Work for a disk thread.
 #[derive(Debug)]
@@ -168,6 +239,8 @@ pub enum Job {
     Reclaim,
     /// Make everything durable.
     Flush,
+    /// Find out whether a store that failed takes writes again.
+    Probe,
 }
 
 /// What a disk thread has done.
@@ -181,6 +254,8 @@ pub enum Done {
         conversations: Vec<StoredConversation>,
         /// Entries that were not to be trusted.
         corrupt: u64,
+        /// Of the store as it was found.
+        usage: DiskUsage,
     },
     /// The store could not be opened: the tier stays empty.
     LoadFailed(DiskError),
@@ -284,8 +359,10 @@ impl DiskWorkers {
                         }
                     };
                     let tier = opened.get_or_init(|| tier);
-                    for job in writer_jobs {
-                        report(perform(job, tier.as_deref()));
+                    let mut next = None;
+                    while let Some(job) = next.take().or_else(|| writer_jobs.recv().ok()) {
+                        let group = Group::collect(job, &writer_jobs, &mut next);
+                        group.perform(tier.as_deref(), &report);
                     }
                 }),
             )?);
@@ -340,8 +417,76 @@ fn load(tier: Box<dyn DiskTier>, report: &impl Fn(Done)) -> Result<Box<dyn DiskT
     let (mut blocks, mut conversations) = (Vec::new(), Vec::new());
     let corrupt =
         tier.load(&mut |block| blocks.push(block), &mut |record| conversations.push(record))?;
-    report(Done::Loaded { blocks, conversations, corrupt });
+    let usage = tier.usage();
+    report(Done::Loaded { blocks, conversations, corrupt, usage });
     Ok(tier)
+}
+
+/// Jobs that the writer does at one go: removals, then writes (which may need the removals' room), then
+/// at most one job of another kind. A removal overtakes no write of its own block.
+#[derive(Default)]
+struct Group {
+    removals: Vec<Vec<BlockKey>>,
+    writes: Vec<WriteJob>,
+    last: Option<Job>,
+}
+
+struct WriteJob {
+    key: BlockKey,
+    handle: FrameHandle,
+    table: FrameTable,
+    order: u64,
+}
+
+impl Group {
+    /// `first` and what waits behind it; the job that does not fit in is left in `next`.
+    fn collect(first: Job, waiting: &Receiver<Job>, next: &mut Option<Job>) -> Self {
+        let mut group = Self::default();
+        let mut job = Some(first);
+        while let Some(some) = job {
+            match some {
+                Job::Write { key, handle, table, order } => {
+                    group.writes.push(WriteJob { key, handle, table, order });
+                }
+                Job::Remove(keys) => {
+                    if group.writes.iter().any(|write| keys.contains(&write.key)) {
+                        *next = Some(Job::Remove(keys));
+                        return group;
+                    }
+                    group.removals.push(keys);
+                }
+                other => {
+                    group.last = Some(other);
+                    return group;
+                }
+            }
+            if group.writes.len() == GROUP_MAX {
+                return group;
+            }
+            job = waiting.try_recv().ok();
+        }
+        group
+    }
+
+    fn perform(self, tier: Option<&dyn DiskTier>, report: &impl Fn(Done)) {
+        let none = none::NoDisk;
+        let store: &dyn DiskTier = tier.unwrap_or(&none);
+        if !self.removals.is_empty() {
+            let mut error = store.remove(&self.removals.concat()).err();
+            for _ in &self.removals {
+                let (what, error, usage) = ("removing blocks", error.take(), store.usage());
+                report(Done::Maintained { what, error, usage });
+            }
+        }
+        let results = write_blocks(store, &self.writes);
+        for (job, result) in self.writes.into_iter().zip(results) {
+            let (key, frame, order) = (job.key, job.handle.frame, job.order);
+            report(Done::Written { key, frame, order, result });
+        }
+        if let Some(job) = self.last {
+            report(perform(job, tier));
+        }
+    }
 }
 
 fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
@@ -353,12 +498,11 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
         usage: tier.usage(),
     };
     match job {
-        Job::Write { key, handle, table, order } => Done::Written {
-            key,
-            frame: handle.frame,
-            order,
-            result: write_block(tier, &key, handle, &table, order),
-        },
+        Job::Write { key, handle, table, order } => {
+            let frame = handle.frame;
+            let mut results = write_blocks(tier, &[WriteJob { key, handle, table, order }]);
+            Done::Written { key, frame, order, result: results.remove(0) }
+        }
         Job::Read { key, root, handle, table } => Done::Read {
             key,
             frame: handle.frame,
@@ -383,6 +527,7 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
             maintained("removing a record", tier.remove_conversation(&id))
         }
         Job::Reclaim => maintained("reclaiming space", tier.reclaim()),
+        Job::Probe => maintained(PROBING, tier.probe()),
         Job::Flush => {
             if let Err(error) = tier.flush() {
                 tracing::warn!(%error, "flush failed");
@@ -392,23 +537,35 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
     }
 }
 
-/// Copies a frame, checks the copy against its header, stores it.
-fn write_block(
-    tier: &dyn DiskTier,
-    key: &BlockKey,
-    handle: FrameHandle,
-    table: &FrameTable,
-    order: u64,
-) -> Result<(), WriteFailure> {
-    let geometry = table.geometry();
-    let mut header = table.header(handle).map_err(|_| WriteFailure::Checksum)?;
-    let mut payload = vec![0; geometry.payload_bytes() as usize];
-    table.copy_out(handle.frame, 0, &mut payload);
-    if header.key != *key || !rows_are_right(&header, geometry, &payload) {
-        return Err(WriteFailure::Checksum);
-    }
-    header.generation = Generation(0); // A frame's; on disk there is none.
-    tier.write(geometry, &header.encode(geometry), &payload, order).map_err(WriteFailure::Disk)
+/// Copies frames, checks the copies against their headers, stores them.
+fn write_blocks(tier: &dyn DiskTier, jobs: &[WriteJob]) -> Vec<Result<(), WriteFailure>> {
+    let header = |job: &WriteJob| {
+        let mut header = job.table.header(job.handle).ok()?;
+        header.generation = Generation(0);
+        (header.key == job.key).then_some(header)
+    };
+    let headers: Vec<Option<BlockHeader>> = jobs.iter().map(header).collect();
+    let fill = |(job, header): (&'_ WriteJob, &'_ BlockHeader), payload: &mut [u8]| {
+        job.table.copy_out(job.handle.frame, 0, payload);
+        rows_are_right(header, job.table.geometry(), payload)
+    };
+    let right = || jobs.iter().zip(&headers).filter_map(|(job, h)| Some((job, h.as_ref()?)));
+    let fills: Vec<_> = right().map(|both| move |payload: &mut [u8]| fill(both, payload)).collect();
+    let blocks: Vec<NewBlock<'_>> = right()
+        .zip(&fills)
+        .map(|((job, header), fill)| NewBlock {
+            geometry: job.table.geometry(),
+            header,
+            order: job.order,
+            fill,
+        })
+        .collect();
+    let mut results = tier.write(&blocks).into_iter();
+    let result = |header: &Option<BlockHeader>| match header {
+        Some(_) => results.next().expect("one result a block"),
+        None => Err(WriteFailure::Checksum),
+    };
+    headers.iter().map(result).collect()
 }
 
 /// Reads a block, checks everything about it, copies it into a granted frame, header last.
@@ -446,7 +603,8 @@ fn read_block(
         Ok(false) => Err(MissReason::Evicted),
         Err(error) => {
             tracing::warn!(%key, %error, "block not read");
-            Err(MissReason::Io)
+            let is_wrong = matches!(error, DiskError::Corrupt { .. });
+            Err(if is_wrong { MissReason::Checksum } else { MissReason::Io })
         }
     }
 }

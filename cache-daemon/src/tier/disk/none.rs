@@ -1,8 +1,10 @@
 //! No disk: nothing is stored, nothing is found.
 
-use kv_protocol::{BlockKey, ConversationId, Geometry};
+use kv_protocol::{BlockKey, ConversationId};
 
-use super::{DiskError, DiskTier, DiskUsage, StoredBlock, StoredConversation};
+use super::{
+    DiskError, DiskTier, DiskUsage, NewBlock, StoredBlock, StoredConversation, WriteFailure,
+};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -17,14 +19,8 @@ impl DiskTier for NoDisk {
         Ok(0)
     }
 
-    fn write(
-        &self,
-        _geometry: &Geometry,
-        _header: &[u8],
-        _payload: &[u8],
-        _order: u64,
-    ) -> Result<(), DiskError> {
-        Err(DiskError::Absent)
+    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
+        blocks.iter().map(|_| Err(WriteFailure::Disk(DiskError::Absent))).collect()
     }
 
     fn read(&self, _key: &BlockKey, _sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
@@ -62,5 +58,9 @@ impl DiskTier for NoDisk {
 
     fn flush(&self) -> Result<(), DiskError> {
         Ok(())
+    }
+
+    fn probe(&self) -> Result<(), DiskError> {
+        Err(DiskError::Absent)
     }
 }

@@ -2,7 +2,7 @@
 //! beside them. Byte tables: docs/disk-format.md.
 //!
 //! The WAL is on and payloads go through it (written twice: the price of one atomic batch a block; slot
-//! files come later behind the same trait). It is not synced at each write: a killed process loses
+//! files, the default engine, do better). It is not synced at each write: a killed process loses
 //! nothing, a loss of power loses the newest blocks, and both leave a consistent index.
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,9 @@ use rocksdb::{
     Options, WriteBatch, WriteOptions,
 };
 
-use super::{DiskError, DiskTier, DiskUsage, StoredBlock, StoredConversation};
+use super::{
+    DiskError, DiskTier, DiskUsage, NewBlock, StoredBlock, StoredConversation, WriteFailure,
+};
 
 const INDEX: &str = "index";
 const PAYLOAD: &str = "payload";
@@ -129,8 +131,18 @@ fn decode_entry(key: &[u8], entry: &[u8]) -> Option<StoredBlock> {
     (header.key.0 == key).then_some(StoredBlock { header, geometry, order })
 }
 
+/// Bytes of a conversation record, in this store and in the slots' index.
+pub fn encode_record(updated_ms: u64, record: &[u8]) -> Vec<u8> {
+    let mut value = Vec::with_capacity(RECORD_FIXED_BYTES + record.len());
+    value.extend_from_slice(&updated_ms.to_le_bytes());
+    value.extend_from_slice(&crc32c::crc32c(record).to_le_bytes());
+    value.extend_from_slice(&[0; 4]);
+    value.extend_from_slice(record);
+    value
+}
+
 /// Time and bytes of a record, if it is whole.
-fn decode_record(value: &[u8]) -> Option<(u64, &[u8])> {
+pub fn decode_record(value: &[u8]) -> Option<(u64, &[u8])> {
     let (fixed, record) = value.split_at_checked(RECORD_FIXED_BYTES)?;
     let updated_ms = u64::from_le_bytes(fixed[0..8].try_into().ok()?);
     let crc = u32::from_le_bytes(fixed[8..12].try_into().ok()?);
@@ -171,20 +183,21 @@ impl DiskTier for RocksTier {
         Ok(count)
     }
 
-    fn write(
-        &self,
-        geometry: &Geometry,
-        header: &[u8],
-        payload: &[u8],
-        order: u64,
-    ) -> Result<(), DiskError> {
-        let key = BlockHeader::decode(header, geometry).map(|header| header.key.0);
-        let key = key.expect("the caller encoded this header");
-        let record = [header, payload].concat();
-        let mut batch = WriteBatch::default();
-        batch.put_cf(self.family(PAYLOAD), key, &record);
-        batch.put_cf(self.family(INDEX), key, encode_entry(geometry, header, order));
-        self.apply("writing a block", batch)
+    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
+        let write = |block: &NewBlock<'_>| {
+            let (geometry, key) = (block.geometry, block.header.key.0);
+            let header = block.header.encode(geometry);
+            let mut record = vec![0; header.len() + geometry.payload_bytes() as usize];
+            record[..header.len()].copy_from_slice(&header);
+            if !(block.fill)(&mut record[header.len()..]) {
+                return Err(WriteFailure::Checksum);
+            }
+            let mut batch = WriteBatch::default();
+            batch.put_cf(self.family(PAYLOAD), key, &record);
+            batch.put_cf(self.family(INDEX), key, encode_entry(geometry, &header, block.order));
+            self.apply("writing a block", batch).map_err(WriteFailure::Disk)
+        };
+        blocks.iter().map(write).collect()
     }
 
     fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
@@ -209,13 +222,8 @@ impl DiskTier for RocksTier {
         updated_ms: u64,
         record: &[u8],
     ) -> Result<(), DiskError> {
-        let mut value = Vec::with_capacity(RECORD_FIXED_BYTES + record.len());
-        value.extend_from_slice(&updated_ms.to_le_bytes());
-        value.extend_from_slice(&crc32c::crc32c(record).to_le_bytes());
-        value.extend_from_slice(&[0; 4]);
-        value.extend_from_slice(record);
         let mut batch = WriteBatch::default();
-        batch.put_cf(self.family(CONVERSATION), id.0, &value);
+        batch.put_cf(self.family(CONVERSATION), id.0, encode_record(updated_ms, record));
         self.apply("writing a conversation record", batch)
     }
 
@@ -240,7 +248,7 @@ impl DiskTier for RocksTier {
             physical_bytes += property(family, "rocksdb.total-sst-files-size");
             physical_bytes += property(family, "rocksdb.cur-size-all-mem-tables");
         }
-        DiskUsage { physical_bytes }
+        DiskUsage { physical_bytes, direct_io: false }
     }
 
     fn reclaim(&self) -> Result<(), DiskError> {
@@ -251,6 +259,12 @@ impl DiskTier for RocksTier {
 
     fn flush(&self) -> Result<(), DiskError> {
         self.db.flush_wal(true).map_err(self.error("syncing the log"))
+    }
+
+    /// A failed database stays so: the worker opens it anew.
+    fn probe(&self) -> Result<(), DiskError> {
+        let failed = self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        failed.clone().map_or(Ok(()), |message| Err(DiskError::Poisoned { message }))
     }
 }
 
@@ -283,7 +297,12 @@ mod tests {
     fn write(tier: &RocksTier, tokens: &[u32], order: u64) -> BlockHeader {
         let payload = vec![tokens[0] as u8; geometry().payload_bytes() as usize];
         let header = header(tokens, &payload);
-        tier.write(&geometry(), &header.encode(&geometry()), &payload, order).unwrap();
+        let fill = |to: &mut [u8]| {
+            to.copy_from_slice(&payload);
+            true
+        };
+        let block = NewBlock { geometry: &geometry(), header: &header, order, fill: &fill };
+        assert!(tier.write(&[block])[0].is_ok());
         header
     }
 
@@ -358,7 +377,13 @@ mod tests {
         for number in 0..8 {
             let mut header = header(&[number], &[]);
             header.checksums = vec![0; 16];
-            tier.write(&wide, &header.encode(&wide), &payload, number.into()).unwrap();
+            let fill = |to: &mut [u8]| {
+                to.copy_from_slice(&payload);
+                true
+            };
+            let block =
+                NewBlock { geometry: &wide, header: &header, order: number.into(), fill: &fill };
+            assert!(tier.write(&[block])[0].is_ok());
             keys.push(header.key);
         }
         tier.reclaim().unwrap();

@@ -1,0 +1,181 @@
+//! Bytes of slots, slot files and index entries. Byte tables: docs/disk-format.md.
+//!
+//! Nothing here trusts what it reads: a wrong magic, version, checksum or count is `None`.
+
+use kv_protocol::geometry::GEOMETRY_BYTES;
+use kv_protocol::{BlockHeader, Geometry};
+
+use super::space::SlotId;
+
+/// Unit of O_DIRECT, of slots, and of the header page.
+pub const PAGE_BYTES: usize = 4096;
+/// Version of slots, slot files and index, newest first:
+/// 1: first slot files (the BlobDB store before them has no version of its own).
+pub const FORMAT_VERSION: u32 = 1;
+
+const FILE_MAGIC: u64 = u64::from_le_bytes(*b"COLQFILE");
+const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"COLQSLOT");
+/// Fields before the block header of an index entry: version u32 ‖ file u32 ‖ slot u32 ‖ reserved u32 ‖
+/// epoch u64 ‖ order u64 ‖ geometry 64.
+const ENTRY_FIXED_BYTES: usize = 32 + GEOMETRY_BYTES;
+/// Fields of a slot's header page, before the gap and the block header.
+const SLOT_FIXED_BYTES: usize = 48 + GEOMETRY_BYTES;
+/// Largest block header of any geometry: 192 + 4 · 256 tokens + 4 · 256 rows.
+const BLOCK_HEADER_BYTES_MAX: usize = 192 + 4 * 256 + 4 * 256;
+const _: () = assert!(SLOT_FIXED_BYTES + BLOCK_HEADER_BYTES_MAX <= PAGE_BYTES);
+
+/// Bytes of a slot: header page, then the payload in whole pages.
+pub fn slot_bytes(geometry: &Geometry) -> u64 {
+    PAGE_BYTES as u64 + geometry.payload_bytes().next_multiple_of(PAGE_BYTES as u64)
+}
+
+/// Where a slot begins; the first page is the file's.
+pub fn slot_at(geometry: &Geometry, slot: u32) -> u64 {
+    PAGE_BYTES as u64 + u64::from(slot) * slot_bytes(geometry)
+}
+
+/// First page of a slot file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileHeader {
+    /// Number of the file; its name says the same.
+    pub file: u32,
+    /// Slots that follow.
+    pub slots: u32,
+    /// Shape of all blocks in it.
+    pub geometry: Geometry,
+}
+
+impl FileHeader {
+    /// One page.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut page = vec![0; PAGE_BYTES];
+        put(&mut page, 0, &FILE_MAGIC.to_le_bytes());
+        put(&mut page, 8, &FORMAT_VERSION.to_le_bytes());
+        put(&mut page, 16, &self.file.to_le_bytes());
+        put(&mut page, 20, &self.slots.to_le_bytes());
+        put(&mut page, 24, &self.geometry.encode());
+        seal(&mut page);
+        page
+    }
+
+    /// `None` for whatever is not a page of this version, whole and right.
+    pub fn decode(page: &[u8]) -> Option<Self> {
+        check(page, FILE_MAGIC)?;
+        Some(Self {
+            file: u32_at(page, 16),
+            slots: u32_at(page, 20),
+            geometry: Geometry::decode(page[24..24 + GEOMETRY_BYTES].try_into().ok()?).ok()?,
+        })
+    }
+}
+
+/// What a slot's header page says about the slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotHeader {
+    /// Where the page believes to be: a misdirected write is found by it.
+    pub at: SlotId,
+    /// Of this write: larger than that of any write before it.
+    pub epoch: u64,
+    /// Of the block, for eviction in order of writes.
+    pub order: u64,
+    /// Shape of the payload.
+    pub geometry: Geometry,
+}
+
+impl SlotHeader {
+    /// Writes the header page; `block` ends where the payload begins, so that both are one span.
+    pub fn encode(&self, block: &[u8], page: &mut [u8]) {
+        assert!(block.len() <= BLOCK_HEADER_BYTES_MAX, "a block header fits beside the fields");
+        page.fill(0);
+        put(page, 0, &SLOT_MAGIC.to_le_bytes());
+        put(page, 8, &FORMAT_VERSION.to_le_bytes());
+        put(page, 16, &self.epoch.to_le_bytes());
+        put(page, 24, &self.order.to_le_bytes());
+        put(page, 32, &self.at.file.to_le_bytes());
+        put(page, 36, &self.at.slot.to_le_bytes());
+        put(page, 40, &(block.len() as u32).to_le_bytes());
+        put(page, 48, &self.geometry.encode());
+        put(page, PAGE_BYTES - block.len(), block);
+        seal(page);
+    }
+
+    /// Fields and block header; `None` for whatever is not a page of this version, whole and right.
+    pub fn decode(page: &[u8]) -> Option<(Self, BlockHeader)> {
+        check(page, SLOT_MAGIC)?;
+        let geometry = Geometry::decode(page[48..48 + GEOMETRY_BYTES].try_into().ok()?).ok()?;
+        let block_bytes = u32_at(page, 40) as usize;
+        if block_bytes != BlockHeader::bytes(&geometry) {
+            return None;
+        }
+        let block = BlockHeader::decode(&page[PAGE_BYTES - block_bytes..], &geometry).ok()?;
+        let at = SlotId { file: u32_at(page, 32), slot: u32_at(page, 36) };
+        let header = Self { at, epoch: u64_at(page, 16), order: u64_at(page, 24), geometry };
+        Some((header, block))
+    }
+}
+
+/// What the index has under a block's key.
+#[derive(Debug)]
+pub struct Entry {
+    /// Where the block is, and of which write.
+    pub slot: SlotHeader,
+    /// Of the block.
+    pub header: BlockHeader,
+}
+
+/// Bytes of an entry; `block` is the encoded block header.
+pub fn encode_entry(slot: &SlotHeader, block: &[u8]) -> Vec<u8> {
+    let mut entry = Vec::with_capacity(ENTRY_FIXED_BYTES + block.len());
+    entry.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+    entry.extend_from_slice(&slot.at.file.to_le_bytes());
+    entry.extend_from_slice(&slot.at.slot.to_le_bytes());
+    entry.extend_from_slice(&[0; 4]);
+    entry.extend_from_slice(&slot.epoch.to_le_bytes());
+    entry.extend_from_slice(&slot.order.to_le_bytes());
+    entry.extend_from_slice(&slot.geometry.encode());
+    entry.extend_from_slice(block);
+    entry
+}
+
+/// `None` for whatever is not an entry of this version under its own key, whole and right.
+pub fn decode_entry(key: &[u8], entry: &[u8]) -> Option<Entry> {
+    let (fixed, block) = entry.split_at_checked(ENTRY_FIXED_BYTES)?;
+    if u32_at(fixed, 0) != FORMAT_VERSION {
+        return None;
+    }
+    let geometry = Geometry::decode(fixed[32..].try_into().ok()?).ok()?;
+    let header = BlockHeader::decode(block, &geometry).ok()?;
+    let at = SlotId { file: u32_at(fixed, 4), slot: u32_at(fixed, 8) };
+    let slot = SlotHeader { at, epoch: u64_at(fixed, 16), order: u64_at(fixed, 24), geometry };
+    (header.key.0 == key).then_some(Entry { slot, header })
+}
+
+/// The CRC32C at 12 covers the rest of the page.
+fn seal(page: &mut [u8]) {
+    let crc = page_crc(page);
+    put(page, 12, &crc.to_le_bytes());
+}
+
+fn check(page: &[u8], magic: u64) -> Option<()> {
+    let known = page.len() == PAGE_BYTES
+        && u64_at(page, 0) == magic
+        && u32_at(page, 8) == FORMAT_VERSION
+        && u32_at(page, 12) == page_crc(page);
+    known.then_some(())
+}
+
+fn page_crc(page: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&page[..12]), &page[16..])
+}
+
+fn put(page: &mut [u8], at: usize, value: &[u8]) {
+    page[at..at + value.len()].copy_from_slice(value);
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
+}

@@ -1,0 +1,237 @@
+//! Which slots hold what: pure book-keeping, no I/O.
+//!
+//! ```text
+//! Free ──take──► Used ──release──► Free          no reader is in the slot
+//!                  └────release──► Draining ──last reader leaves──► Free
+//! Used ──quarantine──► Bad                        until the store is opened again
+//! ```
+//!
+//! **Invariant:** a slot that a reader is in is never taken.
+
+use std::collections::BTreeMap;
+
+use kv_protocol::Geometry;
+
+/// A new run leaves this many slots to whoever ends before it, so that both can grow in place.
+const RUN_GAP_SLOTS: usize = 16;
+
+/// A slot of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId {
+    /// Number of the file.
+    pub file: u32,
+    /// Place in it.
+    pub slot: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Free,
+    Used,
+    Draining,
+    Bad,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    epoch: u64,
+    readers: u32,
+    state: State,
+}
+
+#[derive(Debug)]
+struct FileSpace {
+    geometry: Geometry,
+    slots: Vec<Slot>,
+    free: usize,
+    newest_order: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Space {
+    files: BTreeMap<u32, FileSpace>,
+}
+
+impl Space {
+    /// A file whose slots are all free.
+    pub fn add_file(&mut self, file: u32, geometry: Geometry, slots: u32) {
+        let slot = Slot { epoch: 0, readers: 0, state: State::Free };
+        let slots = vec![slot; slots as usize];
+        let free = slots.len();
+        self.files.insert(file, FileSpace { geometry, slots, free, newest_order: 0 });
+    }
+
+    /// Forgets a file.
+    pub fn remove_file(&mut self, file: u32) {
+        self.files.remove(&file);
+    }
+
+    /// A number that no file has.
+    pub fn next_file(&self) -> u32 {
+        self.files.last_key_value().map_or(1, |(file, _)| file + 1)
+    }
+
+    /// Shape of a file's blocks.
+    pub fn geometry(&self, file: u32) -> Option<&Geometry> {
+        self.files.get(&file).map(|file| &file.geometry)
+    }
+
+    /// Takes a free slot: the one after `after` if it is free, else where a long run begins.
+    pub fn take(
+        &mut self,
+        geometry: &Geometry,
+        after: Option<SlotId>,
+        epoch: u64,
+        order: u64,
+    ) -> Option<SlotId> {
+        let next = after.map(|after| SlotId { slot: after.slot + 1, ..after });
+        let next = next.filter(|next| {
+            self.files.get(&next.file).is_some_and(|file| {
+                file.geometry == *geometry
+                    && file.slots.get(next.slot as usize).is_some_and(|s| s.state == State::Free)
+            })
+        });
+        let at = next.or_else(|| self.begin_run(geometry))?;
+        let file = self.files.get_mut(&at.file)?;
+        file.free -= 1;
+        file.newest_order = file.newest_order.max(order);
+        file.slots[at.slot as usize] = Slot { epoch, readers: 0, state: State::Used };
+        Some(at)
+    }
+
+    /// In the emptiest file of the geometry, the longest run of free slots.
+    fn begin_run(&self, geometry: &Geometry) -> Option<SlotId> {
+        let fitting =
+            self.files.iter().filter(|(_, file)| file.geometry == *geometry && file.free > 0);
+        let (number, file) = fitting.max_by_key(|(_, file)| file.free)?;
+        let (mut longest, mut at) = (0..0, 0);
+        for run in file.slots.chunk_by(|a, b| (a.state == State::Free) == (b.state == State::Free))
+        {
+            if run[0].state == State::Free && run.len() > longest.len() {
+                longest = at..at + run.len();
+            }
+            at += run.len();
+        }
+        let follows_another = longest.start > 0;
+        let gap =
+            if follows_another && longest.len() > 2 * RUN_GAP_SLOTS { RUN_GAP_SLOTS } else { 0 };
+        Some(SlotId { file: *number, slot: (longest.start + gap) as u32 })
+    }
+
+    /// A slot that the index says is in use; `false` if that cannot be.
+    pub fn occupy(&mut self, at: SlotId, geometry: &Geometry, epoch: u64, order: u64) -> bool {
+        let Some(file) = self.files.get_mut(&at.file).filter(|file| file.geometry == *geometry)
+        else {
+            return false;
+        };
+        let Some(slot) = file.slots.get_mut(at.slot as usize) else { return false };
+        if slot.state != State::Free {
+            return false;
+        }
+        *slot = Slot { epoch, readers: 0, state: State::Used };
+        file.free -= 1;
+        file.newest_order = file.newest_order.max(order);
+        true
+    }
+
+    fn slot(&mut self, at: SlotId) -> Option<&mut Slot> {
+        self.files.get_mut(&at.file)?.slots.get_mut(at.slot as usize)
+    }
+
+    /// A reader enters; `false` if the slot is not of that write any more.
+    pub fn begin_read(&mut self, at: SlotId, epoch: u64) -> bool {
+        match self.slot(at) {
+            Some(slot) if slot.state == State::Used && slot.epoch == epoch => {
+                slot.readers += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The reader leaves.
+    pub fn end_read(&mut self, at: SlotId) {
+        let Some(slot) = self.slot(at) else { return };
+        slot.readers -= 1;
+        if slot.readers == 0 && slot.state == State::Draining {
+            self.free(at);
+        }
+    }
+
+    /// The slot's block is gone from the index.
+    pub fn release(&mut self, at: SlotId, epoch: u64) {
+        let Some(slot) = self.slot(at) else { return };
+        if slot.state != State::Used || slot.epoch != epoch {
+            return; // Released before, and perhaps another's now.
+        }
+        if slot.readers > 0 {
+            slot.state = State::Draining;
+        } else {
+            self.free(at);
+        }
+    }
+
+    fn free(&mut self, at: SlotId) {
+        if let Some(file) = self.files.get_mut(&at.file) {
+            file.slots[at.slot as usize].state = State::Free;
+            file.free += 1;
+        }
+    }
+
+    /// The medium failed there: the slot is not tried again.
+    pub fn quarantine(&mut self, at: SlotId) {
+        if let Some(slot) = self.slot(at) {
+            slot.state = State::Bad;
+        }
+    }
+
+    /// Releases what `is_held` does not know: slots whose write failed in an unknown way.
+    pub fn release_all_but(&mut self, is_held: &dyn Fn(SlotId, u64) -> bool) {
+        let used: Vec<(SlotId, u64)> = self
+            .files
+            .iter()
+            .flat_map(|(file, space)| {
+                let used = |(_, slot): &(usize, &Slot)| slot.state == State::Used;
+                let id = |number: usize| SlotId { file: *file, slot: number as u32 };
+                space
+                    .slots
+                    .iter()
+                    .enumerate()
+                    .filter(used)
+                    .map(move |(n, slot)| (id(n), slot.epoch))
+            })
+            .collect();
+        for (at, epoch) in used {
+            if !is_held(at, epoch) {
+                self.release(at, epoch);
+            }
+        }
+    }
+
+    /// The file of another geometry that loses the least: an empty one, else the one written longest
+    /// ago. Files with readers are passed over.
+    pub fn victim(&self, geometry: &Geometry) -> Option<u32> {
+        let quiet = |file: &FileSpace| file.slots.iter().all(|slot| slot.readers == 0);
+        let others =
+            self.files.iter().filter(|(_, file)| file.geometry != *geometry && quiet(file));
+        let loss =
+            |file: &FileSpace| if file.free == file.slots.len() { 0 } else { file.newest_order };
+        others.min_by_key(|(_, file)| loss(file)).map(|(number, _)| *number)
+    }
+
+    /// Slots in use, those that drain included.
+    #[cfg(test)]
+    pub fn used(&self) -> usize {
+        self.files.values().map(|file| file.slots.len() - file.free).sum()
+    }
+
+    /// Counts agree with states.
+    #[cfg(test)]
+    pub fn self_check(&self) {
+        for file in self.files.values() {
+            let free = file.slots.iter().filter(|slot| slot.state == State::Free);
+            assert_eq!(free.count(), file.free);
+        }
+    }
+}
