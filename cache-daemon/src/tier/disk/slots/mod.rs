@@ -505,7 +505,7 @@ fn folder_bytes(dir: &Path) -> u64 {
 /// A name beside `path` that nothing has.
 fn aside(path: &Path, why: &str) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    (1..)
+    (1..=u32::MAX)
         .map(|number| path.with_file_name(format!("{name}.{why}-{number}")))
         .find(|path| !path.exists())
         .expect("some number is free")

@@ -334,7 +334,7 @@ fn a_lost_or_corrupt_index_is_made_again_and_the_newest_write_wins() {
     {
         let tier = open(&drive, dir.path());
         assert_eq!(write(&tier, &[old, block(2)], 1), [true; 2]);
-        assert_eq!(write(&tier, &[new.clone()], 3), [true]);
+        assert_eq!(write(&tier, std::slice::from_ref(&new), 3), [true]);
     }
     lose_index(dir.path());
     {

@@ -1,0 +1,248 @@
+//! `make bench-disk`: the disk tier's engines against `fio` and against one file per block.
+//!
+//! Disk → Host means: read, header and row checksums checked, payload copied to where a frame would be.
+//! A pass reads or writes as many blocks as the tier holds, each once, in random order; passes of all
+//! stores and of fio alternate, and each number is a median. Before a pass the page cache forgets the
+//! store's files: BlobDB and the files go through it. Writes count until they are durable. Raw passes
+//! go to `bench/results/disk.json`.
+
+#![forbid(unsafe_code)]
+
+mod fio;
+mod store;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use anyhow::Context as _;
+use cache_daemon::tier::disk::{GROUP_MAX, READERS};
+use clap::Parser;
+use colloquy_tests::figures::{figure, median, write_raw};
+use serde_json::json;
+
+use fio::Work;
+use store::{Blocks, STORES, Store, allocated, forget_cached};
+
+/// Bytes in flight: with large blocks fewer of them.
+const IN_FLIGHT_BYTES: u64 = 64 << 20;
+const MIB: u64 = 1 << 20;
+/// The size that the figures are of.
+const FIGURE_MIB: u64 = 8;
+
+/// Compares the disk tier's engines with fio.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// A folder on the drive to measure; emptied at the end.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// MiB of the tier for throughput.
+    #[arg(long, default_value_t = 512)]
+    mib: u64,
+    /// MiB of the tier for amplification.
+    #[arg(long, default_value_t = 256)]
+    amplification_mib: u64,
+    /// How often that tier is written over.
+    #[arg(long, default_value_t = 10)]
+    overwrites: u64,
+    /// Passes a number.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// MiB of the blocks.
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8,32")]
+    block_mib: Vec<u64>,
+}
+
+/// Bytes a second, by work and store.
+type Passes = BTreeMap<(&'static str, &'static str), Vec<f64>>;
+
+/// Reads all that is there.
+fn read_pass(
+    store: &Store<'_>,
+    dir: &Path,
+    block: u64,
+    depth: usize,
+    seed: u64,
+) -> anyhow::Result<f64> {
+    forget_cached(dir)?;
+    let numbers = store.some(store.live_max(), seed);
+    let begin = Instant::now();
+    store.read_all(&numbers, depth, &AtomicUsize::new(0))?;
+    Ok((numbers.len() as u64 * block) as f64 / begin.elapsed().as_secs_f64())
+}
+
+fn write_pass(store: &Store<'_>, block: u64) -> anyhow::Result<f64> {
+    let groups = store.live_max().div_ceil(GROUP_MAX);
+    let count = GROUP_MAX.min(store.live_max());
+    let begin = Instant::now();
+    for _ in 0..groups {
+        store.write_group(count)?;
+    }
+    Ok((groups * count) as f64 * block as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// Reads half of what is there (what stays while others are written) with 30 % writes beside.
+fn mixed_pass(
+    store: &Store<'_>,
+    dir: &Path,
+    block: u64,
+    depth: usize,
+    seed: u64,
+) -> anyhow::Result<f64> {
+    forget_cached(dir)?;
+    let numbers = store.some(store.live_max() / 2, seed);
+    let read = AtomicUsize::new(0);
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut written = 0;
+            while read.load(Ordering::Relaxed) < numbers.len() {
+                if 7 * written < 3 * read.load(Ordering::Relaxed) {
+                    let count = (GROUP_MAX / 4).max(1);
+                    store.write_group(count)?;
+                    written += count;
+                } else {
+                    std::thread::yield_now();
+                }
+            }
+            anyhow::Ok(())
+        });
+        let outcome = store.read_all(&numbers, depth, &read);
+        read.store(numbers.len(), Ordering::Relaxed); // Ends the writer after an error, too.
+        let took = begin.elapsed();
+        writer.join().expect("no panic")?;
+        outcome?;
+        Ok((numbers.len() as u64 * block) as f64 / took.as_secs_f64())
+    })
+}
+
+fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passes> {
+    let block = block_mib * MIB;
+    let blocks = Blocks::new(block)?;
+    let depth = ((IN_FLIGHT_BYTES / block) as usize).clamp(2, READERS);
+    let folder = |name: &str| dir.join(format!("{name}-{block_mib}"));
+    let mut stores = Vec::new();
+    for name in STORES {
+        let store = Store::open(name, &folder(name), flags.mib * MIB, &blocks)?;
+        for _ in 0..2 {
+            write_pass(&store, block)?; // Full, and each place written once before it is measured.
+        }
+        stores.push((name, store));
+    }
+    let fio_file = dir.join("fio");
+    let fio_bytes = stores[0].1.live_max() as u64 * block;
+    let fio = |work| fio::pass(&fio_file, work, fio_bytes, block, depth);
+    fio(Work::Write)?;
+    let mut passes = Passes::new();
+    for round in 0..flags.rounds as u64 {
+        let mut note = |work, name, rate| passes.entry((work, name)).or_default().push(rate);
+        note("read", "fio", fio(Work::Read)?);
+        for (name, store) in &stores {
+            note("read", name, read_pass(store, &folder(name), block, depth, round)?);
+        }
+        note("write", "fio", fio(Work::Write)?);
+        for (name, store) in &stores {
+            note("write", name, write_pass(store, block)?);
+        }
+        note("read under 30 % writes", "fio", fio(Work::Mixed)?);
+        for (name, store) in &stores {
+            let rate = mixed_pass(store, &folder(name), block, depth, round)?;
+            note("read under 30 % writes", name, rate);
+        }
+    }
+    drop(stores);
+    for name in STORES {
+        std::fs::remove_dir_all(folder(name))?;
+    }
+    std::fs::remove_file(fio_file)?;
+    Ok(passes)
+}
+
+/// Bytes that this process had written to drives.
+fn written_bytes() -> anyhow::Result<u64> {
+    let io = std::fs::read_to_string("/proc/self/io")?;
+    let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: "));
+    line.context("/proc/self/io has no write_bytes")?.parse().context("write_bytes")
+}
+
+/// Bytes written to the drive, and bytes taken there at most, each over the payload's.
+fn amplification(flags: &Flags, dir: &Path, name: &str) -> anyhow::Result<(f64, f64)> {
+    let blocks = Blocks::new(FIGURE_MIB * MIB)?;
+    let dir = dir.join(format!("{name}-amplification"));
+    let store = Store::open(name, &dir, flags.amplification_mib * MIB, &blocks)?;
+    write_pass(&store, blocks.bytes())?; // Full from here on.
+    forget_cached(&dir)?;
+    let before = written_bytes()?;
+    let total = flags.overwrites * flags.amplification_mib * MIB;
+    let (mut written, mut taken) = (0, 0);
+    while written < total {
+        store.write_group(GROUP_MAX)?;
+        written += GROUP_MAX as u64 * blocks.bytes();
+        taken = taken.max(allocated(&dir)?);
+    }
+    forget_cached(&dir)?; // What was put off counts.
+    let write = (written_bytes()? - before) as f64 / written as f64;
+    let space = taken as f64 / store.live_bytes() as f64;
+    drop(store);
+    std::fs::remove_dir_all(&dir)?;
+    Ok((write, space))
+}
+
+fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    let home = std::env::var_os("COLLOQUY_CACHE").map_or_else(
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/colloquy"),
+        PathBuf::from,
+    );
+    let dir = flags.dir.clone().unwrap_or_else(|| home.join("bench-disk"));
+    if dir.exists() {
+        std::fs::remove_dir_all(&dir)?; // Of a run that was ended.
+    }
+    std::fs::create_dir_all(&dir)?;
+    let mut raw = Vec::new();
+    println!("GB/s, median of {} passes over {} MiB", flags.rounds, flags.mib);
+    println!("{:>6}  {:24}{:>8}{:>8}{:>8}{:>8}", "MiB", "", "fio", "slots", "blobdb", "files");
+    for block_mib in &flags.block_mib {
+        let passes = throughput(&flags, &dir, *block_mib)?;
+        for work in ["read", "write", "read under 30 % writes"] {
+            let rates =
+                ["fio", "slots", "blobdb", "files"].map(|name| median(&passes[&(work, name)]));
+            let columns = rates.map(|rate| format!("{:>8.2}", rate / 1e9)).concat();
+            println!("{block_mib:>6}  {work:24}{columns}");
+            if *block_mib == FIGURE_MIB {
+                match work {
+                    "read" => figure("disk_read_vs_fio", rates[1] / rates[0], "ratio"),
+                    "write" => figure("disk_write_vs_fio", rates[1] / rates[0], "ratio"),
+                    _ => figure("disk_mixed_read_vs_fio", rates[1] / rates[0], "ratio"),
+                }
+            }
+        }
+        for ((work, name), rates) in passes {
+            raw.push(json!({
+                "block_mib": block_mib, "work": work, "store": name, "bytes_per_second": rates,
+            }));
+        }
+    }
+    let mut amplifications = Vec::new();
+    for name in STORES {
+        let (write, space) = amplification(&flags, &dir, name)?;
+        println!("{name}: write amplification {write:.3}, space amplification {space:.3}");
+        if name == "slots" {
+            figure("write_amplification", write, "ratio");
+            figure("space_amplification", space, "ratio");
+        }
+        amplifications.push(json!({ "store": name, "write": write, "space": space }));
+    }
+    std::fs::remove_dir_all(&dir)?;
+    let report = json!({
+        "mib": flags.mib, "rounds": flags.rounds, "readers": READERS, "group": GROUP_MAX,
+        "amplification_mib": flags.amplification_mib, "overwrites": flags.overwrites,
+        "throughput": raw, "amplification": amplifications,
+    });
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/results/disk.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&report)? + "\n")
+        .with_context(|| format!("writing {}", path.display()))?;
+    println!("raw passes: {}", path.display());
+    Ok(())
+}
