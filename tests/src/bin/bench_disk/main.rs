@@ -240,9 +240,5 @@ fn main() -> anyhow::Result<()> {
         "amplification_mib": flags.amplification_mib, "overwrites": flags.overwrites,
         "throughput": raw, "amplification": amplifications,
     });
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/results/disk.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&report)? + "\n")
-        .with_context(|| format!("writing {}", path.display()))?;
-    println!("raw passes: {}", path.display());
-    Ok(())
+    write_raw("disk", &report)
 }

@@ -277,10 +277,8 @@ pub fn allocated(dir: &Path) -> anyhow::Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        let metadata = match entry.metadata() {
-            Ok(metadata) => metadata,
-            Err(_) => continue, // A compaction took it away meanwhile.
-        };
+        // Without metadata: a compaction took it away meanwhile.
+        let Ok(metadata) = entry.metadata() else { continue };
         bytes +=
             if metadata.is_dir() { allocated(&entry.path())? } else { metadata.blocks() * 512 };
     }
