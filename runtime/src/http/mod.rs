@@ -425,7 +425,12 @@ async fn metrics_text(State(server): State<Arc<Server>>) -> Result<Response, Api
     Ok(([(header::CONTENT_TYPE, METRICS_TYPE)], service.metrics.text()).into_response())
 }
 
-async fn clear_device_cache(State(server): State<Arc<Server>>) -> Result<Json<Value>, ApiError> {
+/// The body says nothing, but is read: hyper closes a connection whose request it could not read whole
+/// before the answer, and the client's next request on it would fail.
+async fn clear_device_cache(
+    State(server): State<Arc<Server>>,
+    _body: Bytes,
+) -> Result<Json<Value>, ApiError> {
     let service = server.service()?;
     if !service.admin {
         return Err(ApiError::no_such_path("POST", "/admin/device-cache/clear (needs --admin)"));
