@@ -26,8 +26,10 @@ pub fn wait(listener: &UnixListener, bytes: u64) -> Option<OwnedFd> {
         let left = PATIENCE.checked_sub(begin.elapsed())?;
         let timeout = Timespec::try_from(left).ok()?;
         let mut polled = [PollFd::new(listener, PollFlags::IN)];
-        if rustix::event::poll(&mut polled, Some(&timeout)).is_ok_and(|ready| ready == 0) {
-            return None;
+        match rustix::event::poll(&mut polled, Some(&timeout)) {
+            Ok(0) => return None,
+            Ok(_) => {}
+            Err(_) => continue, // A signal: `accept` would wait without an end.
         }
         let Ok((socket, _)) = listener.accept() else { continue };
         match receive(&socket) {

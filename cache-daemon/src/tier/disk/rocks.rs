@@ -37,6 +37,20 @@ const WRITE_BUFFER_BYTES: usize = 32 << 20;
 /// Bounds the replay after a kill.
 const WAL_BYTES_MAX: u64 = 128 << 20;
 
+/// What both engines ask of a database: made when missing, whole up to the last good entry of its log, few
+/// threads, few and small logs of its own.
+pub fn database_options(wal_bytes_max: u64) -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    options.set_max_total_wal_size(wal_bytes_max);
+    options.set_max_background_jobs(2);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    options
+}
+
 /// See the module.
 pub struct RocksTier {
     dir: PathBuf,
@@ -48,14 +62,7 @@ pub struct RocksTier {
 impl RocksTier {
     /// Opens or makes the store; `disk_bytes` sizes its files.
     pub fn open(dir: &Path, disk_bytes: u64) -> Result<Self, DiskError> {
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-        options.set_max_total_wal_size(WAL_BYTES_MAX);
-        options.set_max_background_jobs(2);
-        options.set_keep_log_file_num(2);
-        options.set_max_log_file_size(1 << 20);
+        let mut options = database_options(WAL_BYTES_MAX);
         options.set_recycle_log_file_num(0);
         let small = || {
             let mut options = Options::default();

@@ -22,9 +22,8 @@ const NEW_TOKENS: usize = 50;
 const READY_DURATION_MAX: Duration = Duration::from_mins(2);
 /// Between two looks at whether something is ready.
 const READY_POLL: Duration = Duration::from_millis(50);
-/// The write-behind of a turn's blocks, and a runtime's return to a restarted daemon, are not
-/// announced over HTTP: a bench may wait.
-const SETTLE: Duration = Duration::from_secs(3);
+/// Full blocks of the history, at the runtime's default of 64 tokens.
+const HISTORY_BLOCKS: u64 = HISTORY_TOKENS as u64 / 64;
 /// Tokens that must come from the cache for a round to count, most of them from the tier measured.
 const CACHED_TOKENS_MIN: u64 = 1400;
 
@@ -109,8 +108,10 @@ impl Server {
                 .args(["--threads", &threads.to_string()]),
         )?;
         wait_for(api, "/health")?;
-        std::thread::sleep(SETTLE);
-        Ok(Self { runtime, daemon, programs: programs.to_owned(), folder, api, daemon_http })
+        let server =
+            Self { runtime, daemon, programs: programs.to_owned(), folder, api, daemon_http };
+        server.wait_attached()?;
+        Ok(server)
     }
 
     /// Host memory is empty afterwards; the disk is not.
@@ -120,8 +121,33 @@ impl Server {
         // region back.
         std::fs::remove_file(self.folder.path().join("daemon.sock"))?;
         self.daemon = start_daemon(&self.programs, self.folder.path(), self.daemon_http)?;
-        std::thread::sleep(SETTLE);
-        Ok(())
+        self.wait_attached()
+    }
+
+    /// Waits for the daemon's `/status` to be as wanted.
+    fn wait_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
+        let start = Instant::now();
+        loop {
+            let status: Value =
+                serde_json::from_str(&exchange(self.daemon_http, "GET", "/status", "")?)?;
+            if wanted(&status) {
+                return Ok(());
+            }
+            ensure!(start.elapsed() < READY_DURATION_MAX, "{what}: waited in vain at {status}");
+            std::thread::sleep(READY_POLL);
+        }
+    }
+
+    fn wait_attached(&self) -> anyhow::Result<()> {
+        self.wait_status("the runtime's return to the daemon", |status| {
+            status["attachments"] == 1 && status["disk"]["state"] == "ready"
+        })
+    }
+
+    fn blocks_on_disk(&self) -> anyhow::Result<u64> {
+        let status: Value =
+            serde_json::from_str(&exchange(self.daemon_http, "GET", "/status", "")?)?;
+        status["blocks"]["disk"].as_u64().context("a status without blocks")
     }
 
     /// One turn of one generated token: seconds, and its cached tokens by tier.
@@ -189,8 +215,11 @@ pub fn measure(
     for round in 0..rounds {
         for tier in ["host", "disk"] {
             let salt = format!("{tier} {round}");
+            let before = server.blocks_on_disk()?;
             server.turn(&turns[..HISTORY_TOKENS], &salt)?;
-            std::thread::sleep(SETTLE);
+            server.wait_status("the history's blocks on disk", |status| {
+                status["blocks"]["disk"].as_u64() >= Some(before + HISTORY_BLOCKS)
+            })?;
             if tier == "disk" {
                 server.restart_daemon()?;
             }

@@ -8,13 +8,13 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use kv_protocol::{BlockKey, ConversationId};
 use rocksdb::{
-    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, ErrorKind,
-    IteratorMode, Options, WriteBatch, WriteOptions,
+    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, ErrorKind, IteratorMode, Options,
+    WriteBatch, WriteOptions,
 };
 
 use super::format::{Entry, FORMAT_VERSION, decode_entry};
 use super::media::Media;
-use crate::tier::disk::rocks::{decode_record, encode_record};
+use crate::tier::disk::rocks::{database_options, decode_record, encode_record};
 use crate::tier::disk::{DiskError, StoredConversation};
 
 const INDEX: &str = "index";
@@ -53,14 +53,7 @@ impl Reading<'_> {
 }
 
 fn open_database(dir: &Path) -> Result<DB, rocksdb::Error> {
-    let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
-    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-    options.set_max_total_wal_size(WAL_BYTES_MAX);
-    options.set_max_background_jobs(2);
-    options.set_keep_log_file_num(2);
-    options.set_max_log_file_size(1 << 20);
+    let options = database_options(WAL_BYTES_MAX);
     let family = |name| {
         let mut options = Options::default();
         options.set_compression_type(DBCompressionType::None);
