@@ -415,9 +415,11 @@ impl Daemon {
                 }
                 self.queue_changed = true;
             }
-            Submission::Unpin(handle) => {
+            Submission::Unpin(handles) => {
                 if let Some(host) = &mut self.store.host {
-                    host.unpin(handle, id)?;
+                    for handle in handles.iter() {
+                        host.unpin(handle, id)?;
+                    }
                 }
             }
             Submission::Commit { handle, ticket } => {

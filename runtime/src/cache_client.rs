@@ -28,7 +28,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kv_protocol::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
 use kv_protocol::message::{
-    ArenaSpan, BlockList, CommitOutcome, FoundBlock, FrameHandle, KeyList, MessageError, Ticket,
+    ArenaSpan, BlockList, CommitOutcome, FoundBlock, FrameHandle, HANDLES_MAX, KeyList,
+    MessageError, Ticket,
 };
 use kv_protocol::ring::{ArenaWriter, Consumer, Producer, RingCorrupt};
 use kv_protocol::sync::Ordering;
@@ -46,7 +47,7 @@ pub use link::{AttachError, CacheConfig};
 pub use span::FrameSpan;
 
 use link::{Attached, Link, LinkEvent};
-use span::{AttachmentLife, Released};
+use span::AttachmentLife;
 
 /// Link events that can wait for the engine: an attach and its end, twice over.
 const LINK_EVENTS_MAX: usize = 4;
@@ -548,7 +549,9 @@ impl Attachment {
         let Ok(keys) = self.introduce(asked) else { return Ok(false) };
         self.push(&Submission::Hint { sequence, hint, keys })?;
         asked.introduced = true;
-        self.ring_daemon();
+        if keys.is_some() {
+            self.ring_daemon();
+        } // Another place of a known turn can wait for the next ring: that of the turn before it that left.
         Ok(true)
     }
 
@@ -590,11 +593,13 @@ impl Attachment {
     }
 
     fn return_released(&mut self) {
-        for released in self.life.take_released() {
-            self.pending.push_back(Pending::Plain(match released {
-                Released::Pin(handle) => Submission::Unpin(handle),
-                Released::Credit(handle) => Submission::Abandon(handle),
-            }));
+        let released = self.life.take_released();
+        for pins in released.pins.chunks(HANDLES_MAX) {
+            let handles = pins.iter().copied().collect();
+            self.pending.push_back(Pending::Plain(Submission::Unpin(handles)));
+        }
+        for handle in released.credits {
+            self.pending.push_back(Pending::Plain(Submission::Abandon(handle)));
         }
     }
 
@@ -615,8 +620,12 @@ impl Attachment {
 
     fn take_frame(&mut self) -> Result<Option<FreeFrame>, DaemonError> {
         let ring = self.view.credits(self.id);
-        let Some([word]) = self.credits.pop(&ring)? else { return Ok(None) };
-        self.ring_daemon(); // A grant is wanted in its place.
+        // Every frame that is taken goes back by a message, and the daemon grants anew when it reads one. Only
+        // who takes the last frame has to say that more are wanted.
+        let Some([word]) = self.credits.pop(&ring)? else {
+            self.ring_daemon();
+            return Ok(None);
+        };
         let handle = FrameHandle::unpack(word);
         let table = &self.life.table;
         let frame = table.index(handle.frame).ok_or(DaemonError::Frame(handle.frame.0))?;
@@ -637,13 +646,13 @@ impl Attachment {
         found: &[FoundBlock],
     ) -> Result<(Vec<CachedBlock>, u32), DaemonError> {
         let mut blocks = Vec::with_capacity(found.len());
-        let mut rejected = 0;
+        let (mut rejected, mut copy) = (0, Vec::new());
         for block in found {
             let frame = block.handle.frame;
             self.life.table.index(frame).ok_or(DaemonError::Frame(frame.0))?;
             let span = FrameSpan::pinned(&self.life, block.handle);
             let Some(asked) = asked else { continue };
-            match self.check_block(&asked.query, block, span) {
+            match self.check_block(&asked.query, block, span, &mut copy) {
                 Ok(cached) => blocks.extend(cached),
                 Err(Rejected) => rejected += 1,
             }
@@ -660,38 +669,39 @@ impl Attachment {
         query: &Query,
         block: &FoundBlock,
         span: Arc<FrameSpan>,
+        copy: &mut Vec<u8>,
     ) -> Result<Option<CachedBlock>, Rejected> {
         let table = &self.life.table;
         let word = table.state(block.handle.frame).map_err(|_| Rejected)?;
         if word.generation != block.handle.generation || word.state != FrameState::Pinned {
             return Err(Rejected);
         }
-        let header = table.header(block.handle).map_err(|_| Rejected)?;
+        let header = table.header_view(block.handle, copy).map_err(|_| Rejected)?;
+        let (variant, numerics) = (header.variant().map_err(|_| Rejected)?, header.numerics());
         let index = block.index as usize;
         let is_in_chain = index <= query.keys.len() && index <= SEQUENCE_KEYS_MAX as usize;
-        let is_acceptable = query.accept.takes(&header.variant, &header.numerics);
-        if header.root != query.root || !is_acceptable || !is_in_chain {
+        let is_acceptable = query.accept.takes(&variant, &numerics);
+        if header.root() != query.root || !is_acceptable || !is_in_chain {
             return Err(Rejected);
         }
         let parent = match index.checked_sub(1) {
             Some(before) => query.keys[before],
             None => query.root.as_parent(),
         };
-        if header.parent != parent {
+        if header.parent() != parent {
             return Err(Rejected);
         }
         let start = index * usize::from(table.geometry().tokens_per_block());
         let asked = query.tokens.get(start..).ok_or(Rejected)?;
-        // The keys say the same; token ids are compared all the same.
-        let tokens =
-            header.tokens.iter().zip(asked).take_while(|(have, want)| have == want).count();
+        // Parent and tokens are what the key stands for: it need not be computed again.
+        let tokens = header.tokens().zip(asked).take_while(|(have, want)| have == *want).count();
         Ok((tokens > 0).then(|| CachedBlock {
             index: block.index,
             tokens: tokens as u32,
             frame: span,
-            checksums: header.checksums.into(),
-            variant: header.variant,
-            numerics: header.numerics,
+            checksums: header.checksums().collect(),
+            variant,
+            numerics,
             tier: block.tier,
         }))
     }

@@ -110,7 +110,7 @@ fn check_start(bytes: &[u8], expected: u64) -> Result<(), HandshakeError> {
     if found != expected {
         return Err(HandshakeError::Magic { found, expected });
     }
-    LayoutVersion::try_from(u32::from_le_bytes(part(bytes, 8)))?;
+    LayoutVersion::check_current(u32::from_le_bytes(part(bytes, 8)))?;
     Ok(())
 }
 

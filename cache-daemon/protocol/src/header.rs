@@ -142,7 +142,22 @@ impl BlockHeader {
 
     /// Reads a private copy of header bytes. Everything is checked; the order is cheapest first.
     pub fn decode(bytes: &[u8], geometry: &Geometry) -> Result<Self, HeaderError> {
-        let needed = Self::bytes(geometry);
+        HeaderView::new(bytes, geometry)?.decode()
+    }
+}
+
+/// A private copy of header bytes whose checksum, version and counts are right, read in place.
+#[derive(Debug, Clone, Copy)]
+pub struct HeaderView<'a> {
+    bytes: &'a [u8],
+    tokens: &'a [u8],
+    checksums: &'a [u8],
+}
+
+impl<'a> HeaderView<'a> {
+    /// Checks all but the key.
+    pub fn new(bytes: &'a [u8], geometry: &Geometry) -> Result<Self, HeaderError> {
+        let needed = BlockHeader::bytes(geometry);
         if bytes.len() < needed {
             return Err(HeaderError::Truncated { found: bytes.len(), needed });
         }
@@ -166,27 +181,68 @@ impl BlockHeader {
         let payload = u64_at(bytes, AT_PAYLOAD_BYTES);
         let payload_expected = geometry.payload_bytes();
         count("payload bytes", payload, payload_expected, payload == payload_expected)?;
+        let (tokens, rest) = bytes[HEADER_FIXED_BYTES..].split_at(4 * tokens_max);
+        Ok(Self {
+            bytes,
+            tokens: &tokens[..4 * token_count],
+            checksums: &rest[..4 * usize::from(rows)],
+        })
+    }
 
-        let words = |first: usize, count: usize| -> Vec<u32> {
-            (first..first + count).map(|at| u32_at(bytes, HEADER_FIXED_BYTES + 4 * at)).collect()
-        };
-        let tokens = words(0, token_count);
-        let parent = BlockKey(array_at(bytes, AT_PARENT));
-        let key = BlockKey(array_at(bytes, AT_KEY));
+    /// See [`BlockHeader::parent`].
+    pub fn parent(&self) -> BlockKey {
+        BlockKey(array_at(self.bytes, AT_PARENT))
+    }
+
+    /// See [`BlockHeader::root`].
+    pub fn root(&self) -> RootKey {
+        RootKey(array_at(self.bytes, AT_ROOT))
+    }
+
+    /// See [`BlockHeader::variant`].
+    pub fn variant(&self) -> Result<Variant, HeaderError> {
+        Ok(Variant::decode(&array_at(self.bytes, AT_VARIANT))?)
+    }
+
+    /// See [`BlockHeader::numerics`].
+    pub fn numerics(&self) -> NumericsTag {
+        NumericsTag(array_at(self.bytes, AT_NUMERICS))
+    }
+
+    /// See [`BlockHeader::generation`].
+    pub fn generation(&self) -> Generation {
+        Generation(u32_at(self.bytes, AT_GENERATION))
+    }
+
+    /// See [`BlockHeader::tokens`].
+    pub fn tokens(&self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
+        self.tokens.chunks_exact(4).map(|word| u32_at(word, 0))
+    }
+
+    /// See [`BlockHeader::checksums`].
+    pub fn checksums(&self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
+        self.checksums.chunks_exact(4).map(|word| u32_at(word, 0))
+    }
+
+    /// All of it, the key checked too.
+    pub fn decode(&self) -> Result<BlockHeader, HeaderError> {
+        let tokens: Vec<u32> = self.tokens().collect();
+        let parent = self.parent();
+        let key = BlockKey(array_at(self.bytes, AT_KEY));
         let computed = BlockKey::child(&parent, &tokens);
         if key != computed {
             return Err(HeaderError::Key { found: key, computed });
         }
-        Ok(Self {
+        Ok(BlockHeader {
             key,
             parent,
-            root: RootKey(array_at(bytes, AT_ROOT)),
-            variant: Variant::decode(&array_at(bytes, AT_VARIANT))?,
-            numerics: NumericsTag(array_at(bytes, AT_NUMERICS)),
-            generation: Generation(u32_at(bytes, AT_GENERATION)),
-            created_ms: u64_at(bytes, AT_CREATED),
+            root: self.root(),
+            variant: self.variant()?,
+            numerics: self.numerics(),
+            generation: self.generation(),
+            created_ms: u64_at(self.bytes, AT_CREATED),
             tokens,
-            checksums: words(tokens_max, usize::from(rows)),
+            checksums: self.checksums().collect(),
         })
     }
 }

@@ -40,6 +40,49 @@ impl FrameHandle {
     }
 }
 
+/// Handles that fit into one entry.
+pub const HANDLES_MAX: usize = 7;
+
+/// One to [`HANDLES_MAX`] frame handles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handles {
+    words: [u64; HANDLES_MAX],
+    count: u32,
+}
+
+impl Handles {
+    fn decode(count: u32, entry: &[u64]) -> Result<Self, MessageError> {
+        if !(1..=HANDLES_MAX as u32).contains(&count) {
+            let limit = HANDLES_MAX as u64;
+            return Err(MessageError::Bound {
+                what: "handles of an entry",
+                found: count.into(),
+                limit,
+            });
+        }
+        let mut words = [0; HANDLES_MAX];
+        words[..count as usize].copy_from_slice(&entry[..count as usize]);
+        Ok(Self { words, count })
+    }
+
+    /// In the order in which they were put in.
+    pub fn iter(&self) -> impl Iterator<Item = FrameHandle> {
+        self.words[..self.count as usize].iter().copied().map(FrameHandle::unpack)
+    }
+}
+
+impl FromIterator<FrameHandle> for Handles {
+    /// Panics beyond [`HANDLES_MAX`]: senders take chunks.
+    fn from_iter<I: IntoIterator<Item = FrameHandle>>(handles: I) -> Self {
+        let (mut words, mut count) = ([0; HANDLES_MAX], 0);
+        for handle in handles {
+            words[count] = handle.pack();
+            count += 1;
+        }
+        Self { words, count: count as u32 }
+    }
+}
+
 /// Bytes in the sender's arena; inside it by construction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ArenaSpan {
@@ -187,8 +230,8 @@ pub enum Submission {
         /// Whose.
         sequence: SequenceTag,
     },
-    /// Give back one pin.
-    Unpin(FrameHandle),
+    /// Give back one pin of each.
+    Unpin(Handles),
     /// A granted frame is filled, header and all.
     Commit {
         /// Which.
@@ -338,7 +381,10 @@ impl Submission {
             }
             Submission::Lookup { sequence, keys } => [2, sequence.0, span(keys), 0, 0, 0, 0, 0],
             Submission::End { sequence } => [3, sequence.0, 0, 0, 0, 0, 0, 0],
-            Submission::Unpin(handle) => [4, handle.pack(), 0, 0, 0, 0, 0, 0],
+            Submission::Unpin(handles) => {
+                let [a, b, c, d, e, f, g] = handles.words;
+                [4 | u64::from(handles.count) << 32, a, b, c, d, e, f, g]
+            }
             Submission::Commit { handle, ticket } => [5, handle.pack(), ticket.0, 0, 0, 0, 0, 0],
             Submission::Abandon(handle) => [6, handle.pack(), 0, 0, 0, 0, 0, 0],
             Submission::PutConversation { id, record } => {
@@ -356,7 +402,11 @@ impl Submission {
     pub fn decode(entry: &Entry) -> Result<Self, MessageError> {
         let sequence = SequenceTag(entry[1]);
         let handle = FrameHandle::unpack(entry[1]);
-        Ok(match entry[0] {
+        let (kind, count) = (entry[0] as u32, (entry[0] >> 32) as u32);
+        if count != 0 && kind != 4 {
+            return Err(MessageError::Code { field: "submission kind", code: entry[0] });
+        }
+        Ok(match kind {
             1 => Submission::Hint {
                 sequence,
                 hint: Hint { place: (entry[2] >> 32) as u32, start_in_ms: entry[2] as u32 },
@@ -364,7 +414,7 @@ impl Submission {
             },
             2 => Submission::Lookup { sequence, keys: optional_span(entry[2])? },
             3 => Submission::End { sequence },
-            4 => Submission::Unpin(handle),
+            4 => Submission::Unpin(Handles::decode(count, &entry[1..])?),
             5 => Submission::Commit { handle, ticket: Ticket(entry[2]) },
             6 => Submission::Abandon(handle),
             7 => {
@@ -380,7 +430,7 @@ impl Submission {
                 id: ConversationId(key_bytes(&entry[1..5])),
                 ticket: Ticket(entry[5]),
             },
-            code => return Err(MessageError::Code { field: "submission kind", code }),
+            _ => return Err(MessageError::Code { field: "submission kind", code: entry[0] }),
         })
     }
 }
@@ -619,7 +669,8 @@ mod tests {
             },
             Submission::Lookup { sequence, keys: None },
             Submission::End { sequence },
-            Submission::Unpin(handle()),
+            Submission::Unpin([handle()].into_iter().collect()),
+            Submission::Unpin([handle(); HANDLES_MAX].into_iter().collect()),
             Submission::Commit { handle: handle(), ticket: Ticket(1) },
             Submission::Abandon(handle()),
             Submission::PutConversation { id, record: span() },

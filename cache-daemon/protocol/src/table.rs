@@ -6,7 +6,7 @@ use crate::doorbell::DoorbellWord;
 use crate::frame::{FrameError, FrameIndex, FrameState, FrameWord, Generation, Owner};
 use crate::geometry::{GEOMETRY_BYTES, Geometry, GeometryError};
 use crate::handshake::ClientToken;
-use crate::header::{BlockHeader, HeaderError};
+use crate::header::{BlockHeader, HeaderError, HeaderView};
 use crate::key::{Fingerprint, KEY_BYTES};
 use crate::layout::{
     ARENA_BYTES, ATTACHMENTS_MAX, AttachmentId, AttachmentLayout, COMPLETION_ENTRIES,
@@ -259,7 +259,7 @@ impl RegionView {
             return Err(FormatError::Unformatted { found });
         }
         let version = self.region.atomic_u32(region_header::VERSION).load(Ordering::Relaxed);
-        LayoutVersion::try_from(version)?;
+        LayoutVersion::check_current(version)?;
         let check = |field, found: u64, expected: u64| {
             if found == expected {
                 Ok(())
@@ -360,13 +360,23 @@ impl FrameTable {
 
     /// A checked private copy of a frame's header. The header must be of the frame's generation.
     pub fn header(&self, handle: FrameHandle) -> Result<BlockHeader, HeaderError> {
-        let bytes = BlockHeader::bytes(self.geometry());
-        let copy = self.region.read(self.layout.header(handle.frame), bytes);
-        let header = BlockHeader::decode(&copy, self.geometry())?;
-        if header.generation != handle.generation {
+        self.header_view(handle, &mut Vec::new())?.decode()
+    }
+
+    /// As [`FrameTable::header`], in a buffer of the caller's, without the check that the key follows from
+    /// parent and tokens: for a reader that compares the tokens anyway.
+    pub fn header_view<'a>(
+        &self,
+        handle: FrameHandle,
+        copy: &'a mut Vec<u8>,
+    ) -> Result<HeaderView<'a>, HeaderError> {
+        copy.resize(BlockHeader::bytes(self.geometry()), 0);
+        self.region.copy_out(self.layout.header(handle.frame), copy);
+        let header = HeaderView::new(copy, self.geometry())?;
+        if header.generation() != handle.generation {
             return Err(HeaderError::Count {
                 field: "generation",
-                found: header.generation.0.into(),
+                found: header.generation().0.into(),
                 expected: handle.generation.0.into(),
             });
         }

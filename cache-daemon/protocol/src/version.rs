@@ -4,16 +4,23 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayoutVersion {
+    /// Up to seven pins go back in one message. Block headers are as in V1, and V1's are read.
+    V2 = 2,
     /// First layout.
     V1 = 1,
 }
 
 impl LayoutVersion {
-    /// What this build writes, and the only one that it reads.
-    pub const CURRENT: LayoutVersion = LayoutVersion::V1;
+    /// What this build writes; of regions and handshakes the only one that it takes.
+    pub const CURRENT: LayoutVersion = LayoutVersion::V2;
+
+    /// Checks the number of a region or a handshake: both sides must speak the same messages.
+    pub fn check_current(found: u32) -> Result<(), UnknownVersion> {
+        if found == Self::CURRENT as u32 { Ok(()) } else { Err(UnknownVersion { found }) }
+    }
 }
 
-/// A number that names no layout known to this build.
+/// A number that names no layout known to this build, or not the one needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "layout version {found} is not known here (this build speaks {}): run daemon and runtime of one release",
@@ -30,6 +37,7 @@ impl TryFrom<u32> for LayoutVersion {
     fn try_from(found: u32) -> Result<Self, UnknownVersion> {
         match found {
             1 => Ok(LayoutVersion::V1),
+            2 => Ok(LayoutVersion::V2),
             _ => Err(UnknownVersion { found }),
         }
     }
@@ -44,5 +52,12 @@ mod tests {
         let number = LayoutVersion::CURRENT as u32;
         assert_eq!(LayoutVersion::try_from(number), Ok(LayoutVersion::CURRENT));
         assert_eq!(LayoutVersion::try_from(0), Err(UnknownVersion { found: 0 }));
+        assert_eq!(LayoutVersion::check_current(number), Ok(()));
+    }
+
+    #[test]
+    fn blocks_of_the_version_before_are_read_but_not_its_messages() {
+        assert_eq!(LayoutVersion::try_from(1), Ok(LayoutVersion::V1));
+        assert_eq!(LayoutVersion::check_current(1), Err(UnknownVersion { found: 1 }));
     }
 }

@@ -15,24 +15,23 @@ use crate::batch::FrameBytes;
 pub(super) struct AttachmentLife {
     pub(super) table: FrameTable,
     /// Spans dropped since the client last looked.
-    released: Mutex<Vec<Released>>,
+    released: Mutex<Released>,
 }
 
-/// What a dropped span gives back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Released {
-    /// A pin.
-    Pin(FrameHandle),
-    /// A frame that was taken and not committed.
-    Credit(FrameHandle),
+/// What dropped spans give back.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Released {
+    pub(super) pins: Vec<FrameHandle>,
+    /// Frames that were taken and not committed.
+    pub(super) credits: Vec<FrameHandle>,
 }
 
 impl AttachmentLife {
     pub(super) fn new(table: FrameTable) -> Arc<Self> {
-        Arc::new(Self { table, released: Mutex::new(Vec::new()) })
+        Arc::new(Self { table, released: Mutex::default() })
     }
 
-    pub(super) fn take_released(&self) -> Vec<Released> {
+    pub(super) fn take_released(&self) -> Released {
         std::mem::take(&mut self.released.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -104,11 +103,13 @@ impl FrameBytes for FrameSpan {
 
 impl Drop for FrameSpan {
     fn drop(&mut self) {
-        let released = match self.hold {
-            Hold::Pin => Released::Pin(self.handle),
-            Hold::Credit if self.committed.load(Ordering::Relaxed) => return,
-            Hold::Credit => Released::Credit(self.handle),
-        };
-        self.life.released.lock().unwrap_or_else(PoisonError::into_inner).push(released);
+        if self.hold == Hold::Credit && self.committed.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut released = self.life.released.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.hold {
+            Hold::Pin => released.pins.push(self.handle),
+            Hold::Credit => released.credits.push(self.handle),
+        }
     }
 }
