@@ -39,6 +39,8 @@ const FAILED_DISK_MAX: Duration = Duration::from_mins(1);
 const TURN_MAX: Duration = Duration::from_millis(200);
 /// Expiry walks the directory this often.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
+/// While there is work, the state that http shows may be this old: showing it costs more than most messages.
+const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 /// Events applied before maintenance gets its turn.
 const EVENTS_PER_TURN: usize = 512;
 
@@ -77,6 +79,7 @@ pub struct Daemon {
     flush: Flush,
     disk_failed_since: Option<Instant>,
     expired_at: Instant,
+    published_at: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +109,7 @@ impl Daemon {
         for rest in &resting {
             view.set_attachment_state(rest.id, AttachmentState::Resting);
         }
-        Self {
+        let mut daemon = Self {
             view,
             store,
             metrics,
@@ -122,7 +125,10 @@ impl Daemon {
             flush: Flush::NotAsked,
             disk_failed_since: None,
             expired_at: Instant::now(),
-        }
+            published_at: None,
+        };
+        daemon.publish_at_times(false);
+        daemon
     }
 
     /// Turns until asked to stop.
@@ -136,7 +142,7 @@ impl Daemon {
                 busy = true;
             }
             busy |= self.maintain();
-            self.publish();
+            self.publish_at_times(busy);
             if let Some(ended) = self.ended() {
                 tracing::info!(?ended, "worker ends");
                 self.store.disk.join();
@@ -556,6 +562,15 @@ impl Daemon {
             self.flush = if asked { Flush::Asked } else { Flush::NotAsked };
         }
         (self.flush == Flush::Done).then_some(Ended::Stopped)
+    }
+
+    /// Shows the state, always before the loop rests.
+    fn publish_at_times(&mut self, busy: bool) {
+        let is_recent = self.published_at.is_some_and(|at| at.elapsed() < PUBLISH_EVERY);
+        if !(busy && is_recent) {
+            self.publish();
+            self.published_at = Some(Instant::now());
+        }
     }
 
     fn publish(&self) {

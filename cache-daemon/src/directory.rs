@@ -12,6 +12,7 @@ use std::sync::Arc;
 use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
+use crate::key_map::KeyMap;
 use crate::policy::{Known, QueueTicket};
 
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
@@ -122,8 +123,8 @@ pub struct Chain {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Directory {
-    blocks: HashMap<BlockKey, Block>,
-    children: HashMap<BlockKey, Vec<BlockKey>>,
+    blocks: KeyMap<Block>,
+    children: KeyMap<Vec<BlockKey>>,
     gone: HashMap<u64, MissReason>,
     gone_order: VecDeque<u64>,
     changed: Vec<BlockKey>,

@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod directory;
 pub mod handback;
 pub mod http;
+pub mod key_map;
 pub mod listen;
 pub mod metrics;
 pub mod policy;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use kv_protocol::BlockKey;
 
+use crate::key_map::KeyMap;
 use crate::policy::QueueTicket;
 use crate::policy::lookahead::LookaheadWindow;
 
@@ -24,7 +25,7 @@ struct Turn {
 pub struct Queue {
     turns: BTreeMap<(QueueTicket, TurnId), Turn>,
     tickets: HashMap<TurnId, QueueTicket>,
-    needs: HashMap<BlockKey, BTreeSet<(QueueTicket, TurnId)>>,
+    needs: KeyMap<BTreeSet<(QueueTicket, TurnId)>>,
     /// Of all turns, and how many of them have any: for the mean.
     blocks: u64,
     turns_with_blocks: u64,

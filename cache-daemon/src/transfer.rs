@@ -3,7 +3,7 @@
 //! Each move is begun here and ends in `Store::finish`, when a disk thread has done its part; the loop
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use kv_protocol::frame::Owner;
@@ -13,6 +13,7 @@ use kv_protocol::{
 };
 
 use crate::directory::{Block, OnDisk};
+use crate::key_map::{KeyMap, KeySet};
 use crate::policy::QueueTicket;
 use crate::store::Store;
 use crate::tier::disk::{
@@ -110,19 +111,19 @@ pub struct Transfers {
     stored: BTreeMap<u64, (BlockKey, u64)>,
     next_order: u64,
     arrivals: u64,
-    waiters: HashMap<BlockKey, Vec<Waiter>>,
+    waiters: KeyMap<Vec<Waiter>>,
     /// Asked for by lookups, not begun.
     wanted: VecDeque<BlockKey>,
-    reading: HashMap<BlockKey, Reading>,
+    reading: KeyMap<Reading>,
     /// Hinted promotes that failed: not tried again before the queue changes.
-    failed_hints: HashSet<BlockKey>,
+    failed_hints: KeySet,
     changed: Vec<BlockKey>,
     /// Sealed blocks, and tails that have to go, not begun.
     dirty: VecDeque<BlockKey>,
     /// The same keys: none is queued twice.
-    dirty_keys: HashSet<BlockKey>,
+    dirty_keys: KeySet,
     /// Partial blocks that wait for their conversation to be idle.
-    tails: HashSet<BlockKey>,
+    tails: KeySet,
     writing: usize,
     removals: Vec<BlockKey>,
     record_removals: Vec<ConversationId>,
@@ -153,14 +154,14 @@ impl Transfers {
             stored: BTreeMap::new(),
             next_order: 1,
             arrivals: 0,
-            waiters: HashMap::new(),
+            waiters: KeyMap::default(),
             wanted: VecDeque::new(),
-            reading: HashMap::new(),
-            failed_hints: HashSet::new(),
+            reading: KeyMap::default(),
+            failed_hints: KeySet::default(),
             changed: Vec::new(),
             dirty: VecDeque::new(),
-            dirty_keys: HashSet::new(),
-            tails: HashSet::new(),
+            dirty_keys: KeySet::default(),
+            tails: KeySet::default(),
             writing: 0,
             removals: Vec::new(),
             record_removals: Vec::new(),

@@ -59,6 +59,7 @@ pub fn inherit(number: RawFd) -> Result<OwnedFd, WorkerError> {
 
 /// Runs until SIGTERM, or until the disk tier has been broken for a while.
 pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, WorkerError> {
+    yield_to_the_engine();
     let start = |what| move |source| WorkerError::Start { what, source };
     let view = RegionView::new(map::map(&memfd)?);
     let memfd = Arc::new(memfd);
@@ -69,8 +70,6 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
     };
     let (peer_events, peers) = channel();
     let (disk_events, disk_done) = channel();
-    http::spawn(config.http, metrics.clone(), peer_events.clone(), notify.clone())
-        .map_err(start("http"))?;
     let of_folder = || config.disk_dir.as_deref().map_or(Engine::Slots, Engine::of_folder);
     let engine = config.disk_engine.unwrap_or_else(of_folder);
     let disk = DiskWorkers::spawn(opener(config, engine), disk_events, notify.clone())
@@ -83,12 +82,28 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         tail_idle_ms: config.tail_idle.as_millis() as u64,
     };
     let store = Store::new(store_config, disk, metrics.clone());
-    let daemon = Daemon::new(view.clone(), store, metrics, peers, disk_done);
-    // Only now: whoever connects finds the region adopted.
+    let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done);
+    // Only now: whoever connects finds the region adopted, and whoever asks is shown a state.
+    http::spawn(config.http, metrics, peer_events.clone(), notify.clone())
+        .map_err(start("http"))?;
     listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)
         .map_err(start("listening"))?;
     fault_in_background(view, memfd).map_err(start("faulting"))?;
     Ok(daemon.run())
+}
+
+/// A ring of the doorbell must not push the engine, which rings it, off its core: threads of `SCHED_BATCH`
+/// preempt nobody by waking up. They start at once on an idle core, and within a tick on a full machine.
+/// This thread and those that it starts from here on.
+fn yield_to_the_engine() {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the call reads one `sched_param`, which lives until it returns; thread 0 is the caller's own,
+    // and nothing but its scheduling changes.
+    let failed = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
+    if failed != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::info!(%error, "no batch scheduling: wake-ups may delay the engine's steps");
+    }
 }
 
 fn opener(

@@ -650,8 +650,13 @@ impl Attachment {
         for block in found {
             let frame = block.handle.frame;
             self.life.table.index(frame).ok_or(DaemonError::Frame(frame.0))?;
+        }
+        let Some(asked) = asked else {
+            self.life.release_pins(found.iter().map(|block| block.handle));
+            return Ok((blocks, rejected));
+        };
+        for block in found {
             let span = FrameSpan::pinned(&self.life, block.handle);
-            let Some(asked) = asked else { continue };
             match self.check_block(&asked.query, block, span, &mut copy) {
                 Ok(cached) => blocks.extend(cached),
                 Err(Rejected) => rejected += 1,
@@ -694,7 +699,7 @@ impl Attachment {
         let start = index * usize::from(table.geometry().tokens_per_block());
         let asked = query.tokens.get(start..).ok_or(Rejected)?;
         // Parent and tokens are what the key stands for: it need not be computed again.
-        let tokens = header.tokens().zip(asked).take_while(|(have, want)| have == *want).count();
+        let tokens = header.tokens_shared(asked);
         Ok((tokens > 0).then(|| CachedBlock {
             index: block.index,
             tokens: tokens as u32,

@@ -219,6 +219,11 @@ impl<'a> HeaderView<'a> {
         self.tokens.chunks_exact(4).map(|word| u32_at(word, 0))
     }
 
+    /// How many leading tokens are those of `asked`.
+    pub fn tokens_shared(&self, asked: &[u32]) -> usize {
+        self.tokens().zip(asked).take_while(|(have, want)| have == *want).count()
+    }
+
     /// See [`BlockHeader::checksums`].
     pub fn checksums(&self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
         self.checksums.chunks_exact(4).map(|word| u32_at(word, 0))

@@ -2,11 +2,12 @@
 //! and that are on disk only, all in order. One owner keeps it up to date: whoever changes a block or the
 //! queue notes the block's key, and its [`Standing`] is taken anew before the next choice.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use kv_protocol::BlockKey;
 
 use super::{Known, Order, PolicyKind, QueueTicket, Victim, lookahead};
+use crate::key_map::KeyMap;
 use crate::queue::Queue;
 
 /// How a block stands in a tier.
@@ -48,14 +49,14 @@ pub struct Index {
     disk: Order,
     /// On disk only, and needed: by turn, then in token order.
     due: BTreeSet<(QueueTicket, u32, BlockKey)>,
-    due_of: HashMap<BlockKey, (QueueTicket, u32)>,
+    due_of: KeyMap<(QueueTicket, u32)>,
 }
 
 impl Index {
     /// Of an empty cache.
     pub fn new(policy: PolicyKind) -> Self {
         let (host, disk) = (Order::new(policy), Order::new(policy));
-        Self { policy, host, disk, due: BTreeSet::new(), due_of: HashMap::new() }
+        Self { policy, host, disk, due: BTreeSet::new(), due_of: KeyMap::default() }
     }
 
     /// Takes a block's standing; `None` if it is known no more.

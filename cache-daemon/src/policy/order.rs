@@ -2,10 +2,12 @@
 //!
 //! **Invariant:** `by_rank` has exactly the pairs of those `slots` that have a rank.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ops::Bound;
 
 use kv_protocol::BlockKey;
+
+use crate::key_map::KeyMap;
 
 use super::{Known, PolicyKind, QueueTicket, Rank, Residence, fifo, lookahead, lru, s3fifo};
 
@@ -32,7 +34,7 @@ struct Slot {
 #[derive(Debug)]
 pub struct Order {
     policy: PolicyKind,
-    slots: HashMap<BlockKey, Slot>,
+    slots: KeyMap<Slot>,
     by_rank: BTreeSet<(Rank, BlockKey)>,
     s3: s3fifo::Queues,
 }
@@ -40,7 +42,7 @@ pub struct Order {
 impl Order {
     /// An empty tier.
     pub fn new(policy: PolicyKind) -> Self {
-        let (slots, by_rank) = (HashMap::new(), BTreeSet::new());
+        let (slots, by_rank) = (KeyMap::default(), BTreeSet::new());
         Self { policy, slots, by_rank, s3: s3fifo::Queues::default() }
     }
 

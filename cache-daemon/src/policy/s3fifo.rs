@@ -1,9 +1,11 @@
 //! S3-FIFO (Yang et al., SOSP'23): newcomers wait in a small queue, and only what was used there twice
 //! gets into the main one; names of those that left are remembered, and come back into the main one.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
 use kv_protocol::BlockKey;
+
+use crate::key_map::KeySet;
 
 use super::{Known, Rank};
 
@@ -50,7 +52,7 @@ pub struct Queues {
     entries: u64,
     small: usize,
     main: usize,
-    ghosts: HashSet<BlockKey>,
+    ghosts: KeySet,
     ghost_order: VecDeque<BlockKey>,
 }
 

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::schedule::{Server, Times, schedule};
 use super::trace::Trace;
 use crate::directory::{Block, Directory, OnDisk};
+use crate::key_map::{KeyMap, KeySet};
 use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
 use crate::queue::{Queue, TurnId};
 use crate::tier::host::{free_high, free_low};
@@ -193,7 +194,7 @@ impl Prepared {
 
     /// Most bytes of KV that all conversations have at once when none is forgotten.
     pub fn working_set_bytes(&self, token_bytes: u64) -> u64 {
-        let mut last = HashSet::new();
+        let mut last = KeySet::default();
         for turn in &self.turns {
             last.extend(turn.chain.iter().chain(&turn.makes).copied());
             for key in &turn.drops {
@@ -255,15 +256,15 @@ struct Replay<'a> {
     queue: Queue,
     index: Index,
     running: HashMap<usize, Running>,
-    pins: HashMap<BlockKey, u32>,
-    ever: HashSet<BlockKey>,
+    pins: KeyMap<u32>,
+    ever: KeySet,
     host_used: u64,
     disk_used: u64,
     /// Asked for by turns that run.
     wanted: VecDeque<BlockKey>,
-    waiters: HashMap<BlockKey, Vec<usize>>,
+    waiters: KeyMap<Vec<usize>>,
     dirty: VecDeque<BlockKey>,
-    is_dirty: HashSet<BlockKey>,
+    is_dirty: KeySet,
     /// The disk's one job: a block, and whether it is read.
     disk_job: Option<(BlockKey, bool)>,
     was_read: bool,
@@ -290,14 +291,14 @@ impl<'a> Replay<'a> {
             queue: Queue::default(),
             index: Index::new(settings.policy.policy()),
             running: HashMap::new(),
-            pins: HashMap::new(),
-            ever: HashSet::new(),
+            pins: KeyMap::default(),
+            ever: KeySet::default(),
             host_used: 0,
             disk_used: 0,
             wanted: VecDeque::new(),
-            waiters: HashMap::new(),
+            waiters: KeyMap::default(),
             dirty: VecDeque::new(),
-            is_dirty: HashSet::new(),
+            is_dirty: KeySet::default(),
             disk_job: None,
             was_read: false,
             changed: Vec::new(),

@@ -31,6 +31,11 @@ impl AttachmentLife {
         Arc::new(Self { table, released: Mutex::default() })
     }
 
+    /// Pins that nobody will use.
+    pub(super) fn release_pins(&self, handles: impl Iterator<Item = FrameHandle>) {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner).pins.extend(handles);
+    }
+
     pub(super) fn take_released(&self) -> Released {
         std::mem::take(&mut self.released.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -3,11 +3,13 @@
 //! A real daemon, the runtime's cache client, and as many busy threads as there are cores. The engine's
 //! stand-in makes [`STEPS_PER_SECOND`] steps a second and [`HINTS_PER_STEP`] hints in each: one turn is
 //! enqueued (its keys go into the arena), the turns before it move up a place, one is looked up and pinned,
-//! one ends. The time of these calls is what a step gets longer. Raw quantiles: `bench/results/hints.json`.
+//! and those whose answers have come end. The time of these calls is what a step gets longer; beside it
+//! stands an idle step as long, which tells what the machine's own scheduler does to either. Raw
+//! quantiles: `bench/results/hints.json`.
 
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -36,6 +38,8 @@ const CONVERSATIONS: u32 = 200;
 /// Of each: 4,096 tokens at 64 a block.
 const BLOCKS: usize = 64;
 const TOKENS_PER_BLOCK: usize = 64;
+/// A step of this length without hints, to compare with.
+const IDLE_STEP: Duration = Duration::from_micros(5);
 /// Frames taken and given back.
 const CREDITS: usize = 200_000;
 /// Waits for the daemon end in an error after this.
@@ -142,9 +146,9 @@ impl Engine {
 /// Steps with their hints, one lookup and one end each; microseconds that each step got longer.
 fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<Steps> {
     let mut result = Steps::default();
-    // Turns that wait, the next one first; and the one that was looked up.
+    // Turns that wait, the next one first; and those that were looked up.
     let mut queue: VecDeque<SequenceTag> = VecDeque::new();
-    let mut looked_up: Option<SequenceTag> = None;
+    let mut looked_up: HashMap<SequenceTag, Instant> = HashMap::new();
     let begin = Instant::now();
     for number in 0..STEPS {
         let due = Duration::from_secs(1) / STEPS_PER_SECOND * number as u32;
@@ -158,27 +162,39 @@ fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<St
 
         let step = Instant::now();
         while let Some(event) = engine.client.poll() {
-            if let CacheEvent::Found { blocks, .. } = event {
+            if let CacheEvent::Found { sequence, blocks, .. } = event {
                 result.found_blocks += blocks.len();
+                result.answers_us.extend(
+                    looked_up.remove(&sequence).map(|asked| asked.elapsed().as_secs_f64() * 1e6),
+                );
+                drop(blocks);
+                engine.client.end(sequence);
             }
         }
-        if let Some(sequence) = looked_up.take() {
-            engine.client.end(sequence);
-        }
-        for (place, sequence) in (0..).zip(queue.iter().take(HINTS_PER_STEP - 1)) {
+        result.poll_us.push(step.elapsed().as_secs_f64() * 1e6);
+        // Whose answer has not come keeps its place: it has not begun.
+        let first = looked_up.len() as u32;
+        for (place, sequence) in (first..).zip(queue.iter().take(HINTS_PER_STEP - 1)) {
             engine.client.hint(*sequence, Hint { place, start_in_ms: place });
         }
         let sequence = SequenceTag(1 + number as u64);
-        let place = queue.len() as u32;
+        let place = first + queue.len() as u32;
         engine.client.enqueue(sequence, query, Hint { place, start_in_ms: place });
         queue.push_back(sequence);
         if queue.len() >= HINTS_PER_STEP
             && let Some(next) = queue.pop_front()
         {
             engine.client.lookup(next).context("the daemon went away")?;
-            looked_up = Some(next);
+            looked_up.insert(next, Instant::now());
         }
         result.step_us.push(step.elapsed().as_secs_f64() * 1e6);
+
+        // As long as the median step, and nothing in it: what the scheduler of a full machine adds by itself.
+        let idle = Instant::now();
+        while idle.elapsed() < IDLE_STEP {
+            std::hint::spin_loop();
+        }
+        result.idle_us.push(idle.elapsed().as_secs_f64() * 1e6);
     }
     result.seconds = begin.elapsed().as_secs_f64();
     Ok(result)
@@ -187,6 +203,11 @@ fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<St
 #[derive(Default)]
 struct Steps {
     step_us: Vec<f64>,
+    /// Of a step, the reading of answers.
+    poll_us: Vec<f64>,
+    idle_us: Vec<f64>,
+    /// From a lookup to the step that has its answer.
+    answers_us: Vec<f64>,
     hashing_us: Vec<f64>,
     found_blocks: usize,
     seconds: f64,
@@ -258,6 +279,10 @@ fn main() -> anyhow::Result<()> {
     };
     figure("hint_step_p50_us", quantile(&steps.step_us, 0.5), "us");
     figure("hint_step_p99_us", quantile(&steps.step_us, 0.99), "us");
+    figure("hint_step_poll_p99_us", quantile(&steps.poll_us, 0.99), "us");
+    figure("idle_step_p99_us", quantile(&steps.idle_us, 0.99), "us");
+    figure("lookup_answer_p50_us", quantile(&steps.answers_us, 0.5), "us");
+    figure("lookup_answer_p99_us", quantile(&steps.answers_us, 0.99), "us");
     figure("credit_p50_us", quantile(&credits, 0.5), "us");
     figure("credit_p99_us", quantile(&credits, 0.99), "us");
     figure("keys_of_a_turn_p50_us", quantile(&steps.hashing_us, 0.5), "us");
@@ -269,6 +294,8 @@ fn main() -> anyhow::Result<()> {
         &json!({
             "cpu": cpu_name(), "cores": cores, "steps": STEPS, "hints_per_step": HINTS_PER_STEP,
             "blocks_per_turn": BLOCKS, "step_us": quantiles(&steps.step_us),
+            "answer_us": quantiles(&steps.answers_us), "poll_us": quantiles(&steps.poll_us),
+            "idle_step_us": quantiles(&steps.idle_us),
             "credit_us": quantiles(&credits), "keys_us": quantiles(&steps.hashing_us),
             "hints_dropped": stats.hints_dropped, "found_share": found,
         }),
