@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -259,11 +259,15 @@ impl<'a> Store<'a> {
 /// Files under `dir`, synced and out of the page cache: the next read comes from the drive.
 pub fn forget_cached(dir: &Path) -> anyhow::Result<()> {
     for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
-        let entry = entry?;
-        if entry.metadata()?.is_dir() {
-            forget_cached(&entry.path())?;
+        let path = entry?.path();
+        // RocksDB removes files in the background: what is gone has nothing in the cache.
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            other => other.with_context(|| format!("opening {}", path.display()))?,
+        };
+        if file.metadata()?.is_dir() {
+            forget_cached(&path)?;
         } else {
-            let file = File::open(entry.path())?;
             file.sync_all()?;
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
         }

@@ -280,14 +280,23 @@ impl SlotTier {
         let slots = (self.files_bytes_max / FILE_SHARE).min(FILE_BYTES_MAX) / slot_bytes(geometry);
         let slots_max = (self.files_bytes_max / 4 / slot_bytes(geometry)).max(1);
         let slots = slots.max(FILE_SLOTS_MIN).min(slots_max).min(u64::from(u32::MAX)) as u32;
-        let bytes = slot_at(geometry, slots);
-        while self.lock().files.values().map(|(_, bytes)| bytes).sum::<u64>() + bytes
-            > self.files_bytes_max
-        {
+        // The last file takes what is left of the budget: whole files alone would strand up to one.
+        let slots = loop {
+            let taken: u64 = self.lock().files.values().map(|(_, bytes)| bytes).sum();
+            let room = self.files_bytes_max.saturating_sub(taken + PAGE_BYTES as u64);
+            let fitting = room / slot_bytes(geometry);
+            if fitting >= u64::from(slots) {
+                break slots;
+            }
+            // Before a short file, another geometry's: short ones would split groups over many syncs.
             let victim = self.lock().space.victim(geometry);
-            let victim = victim.ok_or(DiskError::Full { needed: slot_bytes(geometry) })?;
-            self.drop_file(victim)?;
-        }
+            match victim {
+                Some(victim) => self.drop_file(victim)?,
+                None if fitting > 0 => break fitting as u32,
+                None => return Err(DiskError::Full { needed: slot_bytes(geometry) }),
+            }
+        };
+        let bytes = slot_at(geometry, slots);
         let left = self.media.available().map_err(io("asking for free space"))?;
         if left < bytes + self.reserve_bytes {
             return Err(DiskError::Full { needed: bytes + self.reserve_bytes });

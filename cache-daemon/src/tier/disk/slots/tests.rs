@@ -557,6 +557,36 @@ fn another_geometry_takes_over_the_oldest_files_and_the_budget_holds() {
 }
 
 #[test]
+fn a_last_file_of_fewer_slots_takes_what_the_budget_has_left() {
+    let (dir, drive) = (home(), Arc::new(Drive::default()));
+    let budget = DISK_BYTES / 100 * FILES_SHARE_PERCENT;
+    let slot = slot_bytes(&geometry());
+    let whole_files = budget / slot_at(&geometry(), FILE_SLOTS_MIN as u32);
+    let left = budget - whole_files * slot_at(&geometry(), FILE_SLOTS_MIN as u32);
+    let short = (left - PAGE_BYTES as u64) / slot;
+    assert!(short > 0 && short < FILE_SLOTS_MIN, "the sizes here leave room for a short file");
+    let fitting = (whole_files * FILE_SLOTS_MIN + short) as u32;
+    let blocks: Vec<_> = (0..fitting).map(block).collect();
+    let keys: HashSet<_> = blocks.iter().map(|block| block.header.key).collect();
+    let tier = open(&drive, dir.path());
+    for (number, some) in blocks.chunks(8).enumerate() {
+        assert!(write(&tier, some, 8 * number as u64).iter().all(|stored| *stored));
+    }
+    assert_eq!(write(&tier, &[block(fitting)], u64::from(fitting)), [false]);
+    assert!(drive.bytes() <= budget);
+    drop(tier);
+    let tier = open(&drive, dir.path());
+    assert_eq!(loaded(&tier), keys);
+    drop(tier);
+    lose_index(dir.path());
+    let tier = open(&drive, dir.path());
+    assert_eq!(loaded(&tier), keys);
+    for block in &blocks {
+        assert_eq!(read(&tier, &block.header.key).as_ref(), Some(block));
+    }
+}
+
+#[test]
 fn a_conversations_blocks_take_neighbouring_slots() {
     let (dir, drive) = (home(), Arc::new(Drive::default()));
     let tier = open(&drive, dir.path());
