@@ -21,7 +21,7 @@ use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting};
 use crate::listen::PeerEvent;
 use crate::metrics::{BlockCounts, DiskStatus, Metrics, Snapshot};
 use crate::store::Store;
-use crate::tier::disk::{Done, Job};
+use crate::tier::disk::{Done, Job, StoredBlock};
 use crate::tier::host::HostTier;
 use crate::transfer::{Arrival, DiskState, Waiter};
 
@@ -56,6 +56,7 @@ pub enum Ended {
 /// Something to apply.
 enum Event {
     Peer(PeerEvent),
+    Found(Vec<StoredBlock>),
     Disk(Done),
     Submission(AttachmentId, Result<(Submission, Vec<u8>), ProtocolError>),
 }
@@ -159,6 +160,9 @@ impl Daemon {
         if let Ok(event) = self.peers.try_recv() {
             return Some(Event::Peer(event));
         }
+        if let Some(blocks) = self.store.disk.found() {
+            return Some(Event::Found(blocks));
+        }
         if let Ok(done) = self.disk_done.try_recv() {
             return Some(Event::Disk(done));
         }
@@ -187,6 +191,7 @@ impl Daemon {
                 self.stop_since.get_or_insert_with(Instant::now);
                 self.store.transfers.write_tails();
             }
+            Event::Found(blocks) => self.store.found_on_disk(blocks),
             Event::Disk(done) => self.disk_done(done),
             Event::Submission(id, submission) => {
                 let applied = submission
@@ -199,7 +204,7 @@ impl Daemon {
     }
 
     /// Restores what must hold between turns: free frames ahead of demand, credits granted, answers
-    /// sent, leases honoured. `true` if that made work for somebody.
+    /// sent, leases honoured. `true` if that made work for somebody, or there is more to do.
     fn maintain(&mut self) -> bool {
         let now = Instant::now();
         let now_ms = unix_ms();
@@ -211,12 +216,16 @@ impl Daemon {
         if self.stop_since.is_some() {
             self.store.transfers.write_tails(); // Commits still come.
         }
+        let settling = self.store.settle_loaded();
+        if settling && self.store.transfers.disk_state == DiskState::Ready {
+            self.hint_all(); // Their tails may be known now.
+        }
         let queue_changed = std::mem::take(&mut self.queue_changed);
         let failed = self.store.begin_moves(queue_changed, now_ms);
         for arrival in failed {
             self.arrived(&arrival);
         }
-        let mut rung = false;
+        let mut rung = settling;
         for id in AttachmentId::all() {
             match self.serve(id) {
                 Ok(served) => rung |= served,
@@ -487,12 +496,13 @@ impl Daemon {
             }
             Done::Flushed => self.flush = Flush::Done,
             done => {
-                let is_load = matches!(done, Done::Loaded { .. });
+                while matches!(done, Done::Loaded { .. })
+                    && let Some(blocks) = self.store.disk.found()
+                {
+                    self.store.found_on_disk(blocks); // Sent before, so here by now.
+                }
                 if let Some(arrival) = self.store.finish(done) {
                     self.arrived(&arrival);
-                }
-                if is_load {
-                    self.hint_all(); // Their tails may be known now.
                 }
             }
         }

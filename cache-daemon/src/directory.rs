@@ -1,26 +1,53 @@
 //! The directory: which blocks exist, what they follow, and in which tiers they are. Pure data.
 //!
+//! Blocks are nodes of trees, in one dense array: a node is named by its [`EntryId`], four bytes instead of
+//! a key's 32, by its relatives and by the policies. 80 bytes a block, and 10 in the table from keys to ids
+//! (`make bench-index` measures the whole process).
+//!
 //! **Invariants** (checked by `Directory::self_check` in tests)
-//! - A key is in `blocks` exactly while the block is in at least one tier.
-//! - `children[parent]` lists exactly the known blocks with that parent: the full ones, and the partial
+//! - A node has a block exactly while the block is in at least one tier; a node without one (a root, or
+//!   a parent that has left or has not come yet) has children.
+//! - The children of a node are exactly the known blocks with that parent: the full ones, and the partial
 //!   ones that make open children ("Tail blocks").
-//! - A partial block never has children: its key is nobody's parent.
+//! - A partial block never has children: its key is nobody's parent. Its tokens are in `tails`; those of a
+//!   full block are only in its header.
+//! - The id of a node that left is not given to another before the next `take_changed`.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
+use hashbrown::HashTable;
 use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
-use crate::key_map::KeyMap;
+use crate::key_map::KeyState;
 use crate::policy::{Known, QueueTicket};
 
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
 const GONE_MAX: usize = 1 << 16;
 /// Open children offered for a chain whose next tokens only the runtime knows.
 const CANDIDATES_MAX: usize = 4;
-/// Children of one parent that are looked at: a popular prefix may have thousands.
+/// Children of one parent that are looked at, the newest first: a popular prefix may have thousands.
 const CHILDREN_SCANNED_MAX: usize = 256;
+/// Depth of a block of whose chain a part is not known: it leaves before those that can be reached.
+const DEPTH_UNKNOWN: u32 = u32::MAX;
+
+/// A node's place in the directory's array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryId(pub u32);
+
+impl EntryId {
+    const NONE: Self = Self(u32::MAX);
+
+    fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    fn some(self) -> Option<Self> {
+        (self != Self::NONE).then_some(self)
+    }
+}
 
 /// Where a block stands with the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,78 +56,87 @@ pub enum OnDisk {
     Absent,
     /// A write is under way.
     Writing,
-    /// There; the order of its write.
-    Stored {
-        /// Grows with each write.
-        order: u64,
-    },
+    /// There.
+    Stored,
+}
+
+/// What many blocks have in common; two blocks of one key may stand for each other if it is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Label {
+    /// Model and tenant.
+    pub root: RootKey,
+    /// How they were computed.
+    pub variant: Variant,
+    /// With which arithmetic.
+    pub numerics: NumericsTag,
+    /// What each takes on disk.
+    pub disk_bytes: u64,
+}
+
+/// What a header says of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The full block before, or the root.
+    pub parent: BlockKey,
+    /// In common with others.
+    pub label: Label,
+    /// Ids of its tokens.
+    pub tokens: Arc<[u32]>,
+    /// Whether all token places are taken.
+    pub is_full: bool,
+}
+
+impl Description {
+    /// Of a block that takes `disk_bytes` on disk.
+    pub fn of(header: &BlockHeader, is_full: bool, disk_bytes: u64) -> Self {
+        let BlockHeader { parent, root, variant, numerics, .. } = *header;
+        let label = Label { root, variant, numerics, disk_bytes };
+        Self { parent, label, tokens: header.tokens.as_slice().into(), is_full }
+    }
 }
 
 /// A known block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Block {
-    /// The full block before, or the root.
-    pub parent: BlockKey,
-    /// Model and tenant.
-    pub root: RootKey,
-    /// Ids of its tokens.
-    pub tokens: Arc<[u32]>,
-    /// How it was computed.
-    pub variant: Variant,
-    /// With which arithmetic.
-    pub numerics: NumericsTag,
-    /// Whether all token places are taken.
-    pub is_full: bool,
-    /// Blocks before it, as far as they were known when it came.
-    pub depth: u32,
     /// Last commit, lookup or promote; Unix milliseconds.
     pub used_ms: u64,
-    /// Order of arrival in the host tier.
-    pub arrival: u64,
     /// Its frame, if it is in the host tier.
     pub host: Option<FrameIndex>,
+    label: u32,
+    first_token: u32,
+    depth: u32,
     /// Where it stands with the disk.
     pub disk: OnDisk,
+    /// Whether all token places are taken.
+    pub is_full: bool,
     /// A hint brought it from disk, and no lookup has found it since. The first one that does is told
     /// `Disk`: that is where its turn's KV was kept, however early the hint was.
     pub hinted: bool,
 }
 
 impl Block {
-    /// A block as its header describes it, in no tier yet.
-    pub fn new(header: &BlockHeader, is_full: bool) -> Self {
-        Self {
-            parent: header.parent,
-            root: header.root,
-            tokens: header.tokens.as_slice().into(),
-            variant: header.variant,
-            numerics: header.numerics,
-            is_full,
-            depth: 0,
-            used_ms: header.created_ms,
-            arrival: 0,
-            host: None,
-            disk: OnDisk::Absent,
-            hinted: false,
-        }
-    }
-
     /// Whether it is on disk.
     pub fn is_stored(&self) -> bool {
-        matches!(self.disk, OnDisk::Stored { .. })
+        self.disk == OnDisk::Stored
     }
 
     /// What policies may know of it.
     pub fn known(&self, turn: Option<QueueTicket>) -> Known {
-        let Block { used_ms, arrival, depth, .. } = *self;
-        Known { used_ms, arrival, depth, turn, returns_ms: None }
-    }
-
-    /// Whether two blocks may stand for each other.
-    pub fn has_labels_of(&self, other: &Block) -> bool {
-        self.root == other.root && self.variant == other.variant && self.numerics == other.numerics
+        Known { used_ms: self.used_ms, depth: self.depth, turn, returns_ms: None }
     }
 }
+
+#[derive(Debug)]
+struct Node {
+    key: BlockKey,
+    parent: EntryId,
+    newest_child: EntryId,
+    older: EntryId,
+    newer: EntryId,
+    block: Option<Block>,
+}
+
+const _: () = assert!(size_of::<Node>() == 80, "the size of a node is the size of the directory");
 
 /// Part of a chain: place and name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +145,8 @@ pub struct Link {
     pub index: u32,
     /// Name.
     pub key: BlockKey,
+    /// The same, here and now.
+    pub id: EntryId,
 }
 
 /// What a lookup found.
@@ -120,68 +158,299 @@ pub struct Chain {
     pub miss: Option<MissReason>,
 }
 
+/// Labels in use, counted.
+#[derive(Debug, Default)]
+struct Labels {
+    interned: Vec<(Label, u32)>,
+    ids: HashMap<Label, u32>,
+    vacant: Vec<u32>,
+}
+
+impl Labels {
+    fn take(&mut self, label: &Label) -> u32 {
+        if let Some(id) = self.ids.get(label) {
+            self.interned[*id as usize].1 += 1;
+            return *id;
+        }
+        let id = self.vacant.pop().unwrap_or(self.interned.len() as u32);
+        if id as usize == self.interned.len() {
+            self.interned.push((*label, 1));
+        } else {
+            self.interned[id as usize] = (*label, 1);
+        }
+        self.ids.insert(*label, id);
+        id
+    }
+
+    fn give_back(&mut self, id: u32) {
+        let (label, blocks) = &mut self.interned[id as usize];
+        *blocks -= 1;
+        if *blocks == 0 {
+            self.ids.remove(label);
+            self.vacant.push(id);
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Directory {
-    blocks: KeyMap<Block>,
-    children: KeyMap<Vec<BlockKey>>,
+    nodes: Vec<Node>,
+    ids: HashTable<EntryId>,
+    hasher: KeyState,
+    vacant: Vec<EntryId>,
+    /// Left since the last `take_changed`.
+    leaving: Vec<EntryId>,
+    blocks: usize,
+    labels: Labels,
+    tails: HashMap<EntryId, Arc<[u32]>>,
     gone: HashMap<u64, MissReason>,
     gone_order: VecDeque<u64>,
-    changed: Vec<BlockKey>,
+    changed: Vec<EntryId>,
 }
 
 impl Directory {
     /// Known blocks.
     pub fn len(&self) -> usize {
-        self.blocks.len()
+        self.blocks
     }
 
     /// Whether nothing is known.
     pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
+        self.blocks == 0
+    }
+
+    fn node_of(&self, key: &BlockKey) -> Option<EntryId> {
+        let is_it = |id: &EntryId| self.nodes[id.index()].key == *key;
+        self.ids.find(self.hasher.hash_one(key), is_it).copied()
+    }
+
+    /// A known block's id.
+    pub fn find(&self, key: &BlockKey) -> Option<EntryId> {
+        self.node_of(key).filter(|id| self.at(*id).is_some())
+    }
+
+    /// A block; `None` if it has left.
+    pub fn at(&self, id: EntryId) -> Option<&Block> {
+        self.nodes.get(id.index())?.block.as_ref()
+    }
+
+    /// A block, to change its tiers or its use.
+    pub fn at_mut(&mut self, id: EntryId) -> Option<&mut Block> {
+        self.changed.push(id);
+        let node = self.nodes.get(id.index())?;
+        let depth = match &node.block {
+            Some(block) if block.depth == DEPTH_UNKNOWN => self.depth_under(node.parent, block),
+            Some(block) => block.depth,
+            None => return None,
+        };
+        let block = self.nodes[id.index()].block.as_mut()?;
+        block.depth = depth; // Its parent may have come meanwhile.
+        Some(block)
     }
 
     /// A block.
     pub fn get(&self, key: &BlockKey) -> Option<&Block> {
-        self.blocks.get(key)
+        self.at(self.node_of(key)?)
     }
 
     /// A block, to change its tiers or its use.
     pub fn get_mut(&mut self, key: &BlockKey) -> Option<&mut Block> {
-        self.changed.push(*key);
-        self.blocks.get_mut(key)
+        self.at_mut(self.node_of(key)?)
     }
 
-    /// Blocks that came, went or changed since the last call.
-    pub fn take_changed(&mut self) -> Vec<BlockKey> {
+    /// Name of a block; still there for those that have left since the last `take_changed`.
+    pub fn key(&self, id: EntryId) -> &BlockKey {
+        &self.nodes[id.index()].key
+    }
+
+    /// What a block has in common with others.
+    pub fn label(&self, block: &Block) -> &Label {
+        &self.labels.interned[block.label as usize].0
+    }
+
+    /// Blocks that came, went or changed since the last call. Ids of those that went may be others' from
+    /// now on.
+    pub fn take_changed(&mut self) -> Vec<EntryId> {
+        self.vacant.append(&mut self.leaving);
         std::mem::take(&mut self.changed)
     }
 
     /// All blocks.
     pub fn iter(&self) -> impl Iterator<Item = (&BlockKey, &Block)> {
-        self.blocks.iter()
+        self.nodes.iter().filter_map(|node| Some((&node.key, node.block.as_ref()?)))
     }
 
-    /// Adds a block, which must be unknown and in at least one tier.
-    pub fn insert(&mut self, key: BlockKey, mut block: Block) {
-        assert!(!self.blocks.contains_key(&key), "block {key} is known already");
-        block.depth = self.blocks.get(&block.parent).map_or(0, |parent| parent.depth + 1);
-        self.children.entry(block.parent).or_default().push(key);
+    /// The blocks among `count` places from `from` on, and where the next ones begin; `None` at the end.
+    /// For walks in bounded steps.
+    pub fn part(&self, from: usize, count: usize) -> (Vec<EntryId>, Option<usize>) {
+        let end = (from + count).min(self.nodes.len());
+        let ids = (from..end).map(|place| EntryId(place as u32));
+        let known = ids.filter(|id| self.at(*id).is_some()).collect();
+        (known, (end < self.nodes.len()).then_some(end))
+    }
+
+    /// Adds a block that lies in a frame. It must be unknown.
+    pub fn insert(
+        &mut self,
+        key: BlockKey,
+        description: &Description,
+        used_ms: u64,
+        frame: FrameIndex,
+    ) -> EntryId {
+        let id = self.add(key, description, used_ms, Some(frame), OnDisk::Absent);
+        self.changed.push(id);
+        id
+    }
+
+    /// Adds a block that the index of the disk tier names, in whatever order it names them; policies are
+    /// told when [`Directory::settle`] comes to it. It must be unknown.
+    pub fn load(&mut self, key: BlockKey, description: &Description, used_ms: u64) -> EntryId {
+        let id = self.add(key, description, used_ms, None, OnDisk::Stored);
+        if let Some(block) = &mut self.nodes[id.index()].block {
+            block.depth = DEPTH_UNKNOWN;
+        }
+        id
+    }
+
+    /// After a load: `count` places from `from` on learn their depths and count as changed. Where the next
+    /// ones begin; `None` at the end.
+    pub fn settle(&mut self, from: usize, count: usize) -> Option<usize> {
+        let (ids, next) = self.part(from, count);
+        for id in ids {
+            let mut above = vec![id];
+            while let Some(last) = above.last()
+                && let node = &self.nodes[last.index()]
+                && node.block.as_ref().is_some_and(|block| block.depth == DEPTH_UNKNOWN)
+                && self.at(node.parent).is_some()
+            {
+                above.push(node.parent);
+            }
+            for id in above.into_iter().rev() {
+                let node = &self.nodes[id.index()];
+                let Some(block) = &node.block else { continue };
+                if block.depth == DEPTH_UNKNOWN {
+                    let depth = self.depth_under(node.parent, block);
+                    if let Some(block) = &mut self.nodes[id.index()].block {
+                        block.depth = depth;
+                    }
+                }
+            }
+            self.changed.push(id);
+        }
+        next
+    }
+
+    fn depth_under(&self, parent: EntryId, block: &Block) -> u32 {
+        let is_root = || self.key(parent) == &self.label(block).root.as_parent();
+        match self.at(parent) {
+            Some(parent) => parent.depth.saturating_add(1),
+            None if is_root() => 0,
+            None => DEPTH_UNKNOWN,
+        }
+    }
+
+    fn add(
+        &mut self,
+        key: BlockKey,
+        description: &Description,
+        used_ms: u64,
+        host: Option<FrameIndex>,
+        disk: OnDisk,
+    ) -> EntryId {
+        let parent = self.node_or_new(&description.parent);
+        let id = self.node_or_new(&key);
+        assert!(self.at(id).is_none(), "block {key} is known already");
+        let mut block = Block {
+            used_ms,
+            host,
+            label: self.labels.take(&description.label),
+            first_token: description.tokens.first().copied().unwrap_or_default(),
+            depth: DEPTH_UNKNOWN,
+            disk,
+            is_full: description.is_full,
+            hinted: false,
+        };
+        block.depth = self.depth_under(parent, &block);
+        if !description.is_full {
+            self.tails.insert(id, description.tokens.clone());
+        }
+        let older = std::mem::replace(&mut self.nodes[parent.index()].newest_child, id);
+        if let Some(older) = older.some() {
+            self.nodes[older.index()].newer = id;
+        }
+        let node = &mut self.nodes[id.index()];
+        (node.parent, node.older, node.newer) = (parent, older, EntryId::NONE);
+        node.block = Some(block);
+        self.blocks += 1;
         self.gone.remove(&key.short());
-        self.changed.push(key);
-        self.blocks.insert(key, block);
+        id
+    }
+
+    fn node_or_new(&mut self, key: &BlockKey) -> EntryId {
+        if let Some(id) = self.node_of(key) {
+            return id;
+        }
+        let none = EntryId::NONE;
+        let node = Node {
+            key: *key,
+            parent: none,
+            newest_child: none,
+            older: none,
+            newer: none,
+            block: None,
+        };
+        let id = self.vacant.pop().unwrap_or(EntryId(self.nodes.len() as u32));
+        assert!(id != EntryId::NONE, "no more blocks than ids");
+        if id.index() == self.nodes.len() {
+            self.nodes.push(node);
+        } else {
+            self.nodes[id.index()] = node;
+        }
+        let (nodes, hasher) = (&self.nodes, self.hasher);
+        let hash = |id: &EntryId| hasher.hash_one(nodes[id.index()].key);
+        self.ids.insert_unique(hasher.hash_one(key), id, hash);
+        id
+    }
+
+    /// Frees a node that has neither a block nor children.
+    fn drop_if_bare(&mut self, id: EntryId) {
+        let node = &self.nodes[id.index()];
+        if node.block.is_some() || node.newest_child != EntryId::NONE {
+            return;
+        }
+        if let Ok(entry) = self.ids.find_entry(self.hasher.hash_one(node.key), |other| *other == id)
+        {
+            entry.remove();
+            self.leaving.push(id);
+        }
     }
 
     /// Forgets a block, and remembers why.
     pub fn remove(&mut self, key: &BlockKey, reason: MissReason) -> Option<Block> {
-        let block = self.blocks.remove(key)?;
-        self.changed.push(*key);
-        if let Some(siblings) = self.children.get_mut(&block.parent) {
-            siblings.retain(|sibling| sibling != key);
-            if siblings.is_empty() {
-                self.children.remove(&block.parent);
-            }
+        let id = self.node_of(key)?;
+        let node = &mut self.nodes[id.index()];
+        let block = node.block.take()?;
+        let (parent, older, newer) = (node.parent, node.older, node.newer);
+        (node.parent, node.older, node.newer) = (EntryId::NONE, EntryId::NONE, EntryId::NONE);
+        if let Some(older) = older.some() {
+            self.nodes[older.index()].newer = newer;
         }
+        match newer.some() {
+            Some(newer) => self.nodes[newer.index()].older = older,
+            None => self.nodes[parent.index()].newest_child = older,
+        }
+        self.drop_if_bare(id);
+        self.drop_if_bare(parent);
+        self.blocks -= 1;
+        self.labels.give_back(block.label);
+        self.tails.remove(&id);
+        self.changed.push(id);
+        self.remember(key, reason);
+        Some(block)
+    }
+
+    fn remember(&mut self, key: &BlockKey, reason: MissReason) {
         if self.gone.insert(key.short(), reason).is_none() {
             self.gone_order.push_back(key.short());
         }
@@ -190,81 +459,103 @@ impl Directory {
                 self.gone.remove(&oldest);
             }
         }
-        Some(block)
     }
 
-    /// Partial siblings that `tokens` continue: a block that grew past its tail replaces the tail.
-    pub fn outgrown(&self, key: &BlockKey) -> Vec<BlockKey> {
-        let Some(block) = self.blocks.get(key) else { return Vec::new() };
-        let is_outgrown = |sibling: &&BlockKey| {
-            self.blocks.get(sibling).is_some_and(|tail| {
-                !tail.is_full
-                    && tail.tokens.len() < block.tokens.len()
-                    && block.tokens.starts_with(&tail.tokens)
-                    && tail.has_labels_of(block)
-            })
+    /// Tails that a full or longer block, `tokens` under `parent`, continues: it replaces them.
+    pub fn outgrown(&self, parent: &BlockKey, label: &Label, tokens: &[u32]) -> Vec<BlockKey> {
+        let is_outgrown = |(id, block): &(EntryId, &Block)| {
+            let tail = self.tails.get(id);
+            tail.is_some_and(|tail| tail.len() < tokens.len() && tokens.starts_with(tail))
+                && self.label(block) == label
         };
-        self.children_of(&block.parent).filter(is_outgrown).copied().collect()
+        let children = self.node_of(parent).into_iter().flat_map(|id| self.children_of(id));
+        children.filter(is_outgrown).map(|(id, _)| *self.key(id)).collect()
     }
 
-    fn children_of(&self, parent: &BlockKey) -> impl Iterator<Item = &BlockKey> {
-        self.children.get(parent).into_iter().flatten().rev().take(CHILDREN_SCANNED_MAX)
+    fn children_of(&self, parent: EntryId) -> impl Iterator<Item = (EntryId, &Block)> {
+        let first = self.nodes[parent.index()].newest_child.some();
+        let children = std::iter::successors(first, |id| self.nodes[id.index()].older.some());
+        children.take(CHILDREN_SCANNED_MAX).filter_map(|id| Some((id, self.at(id)?)))
     }
 
     /// The longest known prefix of a list that its reader takes.
     pub fn lookup(&self, list: &KeyList) -> Chain {
         let mut chain = Chain::default();
-        let mut parent = list.root.as_parent();
+        let mut parent = self.node_of(&list.root.as_parent());
         for key in &list.keys {
-            match self.blocks.get(key) {
-                Some(block) if block.root != list.root => {
+            let found = self.node_of(key).and_then(|id| Some((id, self.at(id)?)));
+            let label = found.map(|(_, block)| self.label(block));
+            match (found, label) {
+                (Some(_), Some(label)) if label.root != list.root => {
                     chain.miss = Some(MissReason::Fingerprint);
                 }
-                Some(block) if !list.accept.takes(&block.variant, &block.numerics) => {
+                (Some(_), Some(label)) if !list.accept.takes(&label.variant, &label.numerics) => {
                     chain.miss = Some(MissReason::Variant);
                 }
-                Some(_) => {
-                    chain.links.push(Link { index: chain.links.len() as u32, key: *key });
-                    parent = *key;
+                (Some((id, _)), _) => {
+                    chain.links.push(Link { index: chain.links.len() as u32, key: *key, id });
+                    parent = Some(id);
                     continue;
                 }
-                None => chain.miss = Some(self.why_gone(key, &parent, list)),
+                (None, _) => chain.miss = Some(self.why_gone(key, parent, list)),
             }
             break;
         }
-        let index = chain.links.len() as u32;
-        let takes = |key: &BlockKey| {
-            self.blocks.get(key).filter(|block| {
-                block.root == list.root && list.accept.takes(&block.variant, &block.numerics)
+        let children = parent.into_iter().flat_map(|id| self.children_of(id));
+        let mut open: Vec<(EntryId, &Block)> = children
+            .filter(|(_, block)| {
+                let label = self.label(block);
+                label.root == list.root && list.accept.takes(&label.variant, &label.numerics)
             })
-        };
-        if index as usize == list.keys.len() {
-            // The tail's tokens are known here: the child that shares most of them.
-            let shared = |key: &BlockKey| {
-                takes(key).map_or(0, |block| {
-                    block.tokens.iter().zip(&list.tail).take_while(|(a, b)| a == b).count()
-                })
-            };
-            let best = self.children_of(&parent).map(|key| (shared(key), key)).max_by_key(|c| c.0);
-            if let Some((1.., key)) = best {
-                chain.links.push(Link { index, key: *key });
-            }
-        } else if chain.miss != Some(MissReason::Variant) {
+            .collect();
+        if chain.links.len() == list.keys.len() {
+            open = self.continuing(open, &list.tail);
+        } else if chain.miss == Some(MissReason::Variant) {
+            open.clear();
+        } else {
             // Only the runtime knows the next tokens: it compares. Blocks in frames first.
-            let mut open: Vec<(&BlockKey, &Block)> =
-                self.children_of(&parent).filter_map(|key| Some((key, takes(key)?))).collect();
             open.sort_by_key(|(_, block)| (block.is_full, std::cmp::Reverse(block.used_ms)));
             let any_in_host = open.iter().any(|(_, block)| block.host.is_some());
             open.retain(|(_, block)| !any_in_host || block.host.is_some());
-            let offered = open.iter().take(CANDIDATES_MAX);
-            chain.links.extend(offered.map(|(key, _)| Link { index, key: **key }));
         }
+        let index = chain.links.len() as u32;
+        let offered = open.into_iter().take(CANDIDATES_MAX);
+        chain.links.extend(offered.map(|(id, _)| Link { index, key: *self.key(id), id }));
         chain
     }
 
-    fn why_gone(&self, key: &BlockKey, parent: &BlockKey, list: &KeyList) -> MissReason {
+    /// Of a block's children those that go on as `tail` does: the tail that shares most tokens, then full
+    /// blocks in frames that begin alike, of which the runtime compares the rest. Full ones on disk are not
+    /// worth a read: less than a block can be gained.
+    fn continuing<'a>(
+        &self,
+        children: Vec<(EntryId, &'a Block)>,
+        tail: &[u32],
+    ) -> Vec<(EntryId, &'a Block)> {
+        let shared = |id: &EntryId| {
+            let tokens = self.tails.get(id)?;
+            let shared = tokens.iter().zip(tail).take_while(|(a, b)| a == b).count();
+            (shared > 0).then_some(shared)
+        };
+        let best = children.iter().filter_map(|child| Some((shared(&child.0)?, *child)));
+        let best = best.max_by_key(|(shared, _)| *shared);
+        if best.is_some_and(|(shared, _)| shared == tail.len()) {
+            return best.map(|(_, child)| child).into_iter().collect();
+        }
+        let begins_alike = |(_, block): &(EntryId, &Block)| {
+            block.is_full && block.host.is_some() && tail.first() == Some(&block.first_token)
+        };
+        let mut full: Vec<_> = children.into_iter().filter(begins_alike).collect();
+        full.sort_by_key(|(_, block)| std::cmp::Reverse(block.used_ms));
+        best.map(|(_, child)| child).into_iter().chain(full).collect()
+    }
+
+    fn why_gone(&self, key: &BlockKey, parent: Option<EntryId>, list: &KeyList) -> MissReason {
         // Under the root every other conversation is a sibling: that is no divergence.
-        let has_siblings = *parent != list.root.as_parent() && self.children.contains_key(parent);
+        let has_siblings = parent.is_some_and(|id| {
+            let node = &self.nodes[id.index()];
+            node.key != list.root.as_parent() && node.newest_child != EntryId::NONE
+        });
         match self.gone.get(&key.short()) {
             Some(reason) => *reason,
             None if has_siblings => MissReason::Diverged,
@@ -275,12 +566,34 @@ impl Directory {
     /// Panics where an invariant of the module does not hold.
     #[cfg(test)]
     pub fn self_check(&self) {
-        for (key, block) in &self.blocks {
-            assert!(block.host.is_some() || block.disk != OnDisk::Absent, "{key} is nowhere");
-            assert!(self.children[&block.parent].contains(key), "{key} is not its parent's child");
+        let mut children = 0;
+        for (place, node) in self.nodes.iter().enumerate() {
+            let id = EntryId(place as u32);
+            let is_vacant = self.vacant.contains(&id) || self.leaving.contains(&id);
+            assert_eq!(self.node_of(&node.key) == Some(id), !is_vacant, "{id:?} in the table");
+            if is_vacant {
+                assert!(node.block.is_none() && node.newest_child == EntryId::NONE);
+                continue;
+            }
+            let mut next = node.newest_child.some();
+            assert!(node.block.is_some() || next.is_some(), "{id:?} has neither block nor child");
+            let mut newer = EntryId::NONE;
+            while let Some(child) = next {
+                let node = &self.nodes[child.index()];
+                assert_eq!((node.parent, node.newer), (id, newer), "{child:?} has other relatives");
+                assert!(node.block.is_some(), "{child:?} has left");
+                children += 1;
+                (newer, next) = (child, node.older.some());
+            }
+            if let Some(block) = &node.block {
+                assert!(block.host.is_some() || block.disk != OnDisk::Absent, "{id:?} is nowhere");
+                assert_eq!(self.tails.contains_key(&id), !block.is_full);
+            }
         }
-        let listed: usize = self.children.values().map(Vec::len).sum();
-        assert_eq!(listed, self.blocks.len(), "a child is listed twice, or is unknown");
+        assert_eq!((children, self.iter().count()), (self.blocks, self.blocks));
+        let labelled: u32 =
+            self.labels.ids.values().map(|id| self.labels.interned[*id as usize].1).sum();
+        assert_eq!(labelled as usize, self.blocks);
     }
 }
 
@@ -322,11 +635,11 @@ mod tests {
                 tokens: part.to_vec(),
                 checksums: vec![],
             };
-            let mut block = Block::new(&header, part.len() == usize::from(TOKENS_PER_BLOCK));
-            block.host = Some(FrameIndex(directory.len() as u32));
+            let is_full = part.len() == usize::from(TOKENS_PER_BLOCK);
+            let block = Description::of(&header, is_full, 4096);
             if directory.get(&key).is_none() {
-                directory.insert(key, block);
-                for tail in directory.outgrown(&key) {
+                directory.insert(key, &block, 1, FrameIndex(directory.len() as u32));
+                for tail in directory.outgrown(&parent, &block.label, part) {
                     directory.remove(&tail, MissReason::Evicted);
                 }
             }
@@ -386,6 +699,32 @@ mod tests {
         assert_eq!(miss(&directory), Some(MissReason::Expired));
     }
 
+    #[test]
+    fn blocks_loaded_in_any_order_learn_how_deep_they_are() {
+        let mut committed = Directory::default();
+        store(&mut committed, &(0..20).collect::<Vec<_>>(), Variant::Exact);
+        let keys = root().chain(&(0..20).collect::<Vec<_>>(), TOKENS_PER_BLOCK);
+        let mut loaded = Directory::default();
+        for place in [3, 0, 4, 1, 2] {
+            let parent = if place == 0 { root().as_parent() } else { keys[place - 1] };
+            let numerics = NumericsTag::of("test");
+            let label = Label { root: root(), variant: Variant::Exact, numerics, disk_bytes: 4096 };
+            let tokens: Arc<[u32]> = (4 * place as u32..4 * place as u32 + 4).collect();
+            loaded.load(keys[place], &Description { parent, label, tokens, is_full: true }, 1);
+            loaded.self_check();
+        }
+        assert!(loaded.take_changed().is_empty());
+        let mut from = Some(0);
+        while let Some(place) = from {
+            from = loaded.settle(place, 2);
+        }
+        assert_eq!(loaded.take_changed().len(), 5);
+        for key in keys {
+            let depth = |directory: &Directory| directory.get(&key).map(|block| block.depth);
+            assert_eq!(depth(&loaded), depth(&committed));
+        }
+    }
+
     proptest! {
         /// Oracle: the longest common prefix with any stored conversation, in whole blocks.
         #[test]
@@ -405,6 +744,7 @@ mod tests {
                 if !keys.is_empty() {
                     directory.remove(index.get(&keys), MissReason::Evicted);
                     directory.self_check();
+                    directory.take_changed(); // Places are given to others from here on.
                 }
             }
             let list = list(&asked, own());
@@ -414,7 +754,7 @@ mod tests {
             prop_assert_eq!(whole, expected);
             if expected == list.keys.len() {
                 for link in &chain.links[whole..] {
-                    prop_assert_eq!(directory.get(&link.key).unwrap().tokens[0], list.tail[0]);
+                    prop_assert_eq!(directory.get(&link.key).unwrap().first_token, list.tail[0]);
                 }
             }
         }

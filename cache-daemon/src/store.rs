@@ -10,13 +10,16 @@ use kv_protocol::{AttachmentId, BlockKey, Geometry, MissReason};
 
 use crate::attachment::ProtocolError;
 use crate::conversation::Conversations;
-use crate::directory::{Block, Directory, Link, OnDisk};
+use crate::directory::{Description, Directory, EntryId, Link, OnDisk};
 use crate::metrics::Metrics;
 use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
 use crate::queue::{Queue, TurnId};
 use crate::tier::disk::{DiskWorkers, Engine};
 use crate::tier::host::HostTier;
 use crate::transfer::{Transfers, Waiter};
+
+/// Blocks that one walk for expired ones looks at, a millisecond's work: a million take 16 walks.
+const EXPIRED_PER_WALK: usize = 1 << 16;
 
 /// Settings of the store.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +50,8 @@ pub struct Store {
     pub(crate) transfers: Transfers,
     pub(crate) conversations: Conversations,
     pub(crate) metrics: Arc<Metrics>,
+    /// Where the next walk for expired blocks begins.
+    expiring: usize,
 }
 
 /// What a lookup found: blocks pinned now, and how many are on their way.
@@ -74,6 +79,7 @@ impl Store {
             transfers: Transfers::new(config.disk_bytes, config.disk_engine),
             conversations: Conversations::new(config.disk_bytes / 8),
             metrics,
+            expiring: 0,
         }
     }
 
@@ -108,10 +114,9 @@ impl Store {
                 continue;
             }
             let is_full = block.header.is_full(&geometry);
-            let mut entry = Block::new(&block.header, is_full);
-            entry.host = Some(block.frame);
-            entry.arrival = self.transfers.next_arrival();
-            self.directory.insert(key, entry);
+            let bytes = self.config.disk_engine.block_bytes(&geometry);
+            let description = Description::of(&block.header, is_full, bytes);
+            self.directory.insert(key, &description, block.header.created_ms, block.frame);
             self.transfers.mark_dirty(key, is_full);
         }
         tracing::info!(blocks = count, corrupt, %geometry, "host tier adopted");
@@ -167,20 +172,23 @@ impl Store {
 
     /// Brings the index up to date with what changed since the last choice.
     pub(crate) fn refresh(&mut self) {
-        let mut changed = self.directory.take_changed();
-        changed.extend(self.queue.take_changed());
-        changed.extend(self.transfers.take_changed());
-        changed.extend(self.host.iter_mut().flat_map(HostTier::take_changed));
+        let mut keys = self.queue.take_changed();
+        keys.extend(self.transfers.take_changed());
+        keys.extend(self.host.iter_mut().flat_map(HostTier::take_changed));
+        let mut changed: Vec<EntryId> =
+            keys.iter().filter_map(|key| self.directory.find(key)).collect();
+        changed.extend(self.directory.take_changed());
         changed.sort_unstable();
         changed.dedup();
-        for key in changed {
-            let standing = self.standing(&key);
-            self.index.set(key, standing.as_ref());
+        for id in changed {
+            let standing = self.standing(id);
+            self.index.set(id, self.directory.key(id), standing.as_ref());
         }
     }
 
-    fn standing(&self, key: &BlockKey) -> Option<Standing> {
-        let block = self.directory.get(key)?;
+    fn standing(&self, id: EntryId) -> Option<Standing> {
+        let block = self.directory.at(id)?;
+        let key = self.directory.key(id);
         let is_asked_for = self.transfers.is_reading(key) || self.transfers.is_wanted(key);
         let host = match (block.host, &self.host) {
             (Some(frame), Some(host)) if host.is_evictable(frame) => Residence::Free,
@@ -190,8 +198,8 @@ impl Store {
         };
         let disk = match block.disk {
             OnDisk::Absent => Residence::Absent,
-            OnDisk::Stored { .. } if !is_asked_for => Residence::Free,
-            OnDisk::Stored { .. } | OnDisk::Writing => Residence::Held,
+            OnDisk::Stored if !is_asked_for => Residence::Free,
+            OnDisk::Stored | OnDisk::Writing => Residence::Held,
         };
         Some(Standing { known: block.known(self.queue.first_turn(key)), host, disk })
     }
@@ -207,14 +215,21 @@ impl Store {
         }
     }
 
+    /// What a block takes on disk.
+    pub(crate) fn disk_bytes(&self, key: &BlockKey) -> u64 {
+        let block = self.directory.get(key);
+        block.map_or(0, |block| self.directory.label(block).disk_bytes)
+    }
+
     /// Forgets a block in all tiers.
     pub(crate) fn forget(&mut self, key: &BlockKey, reason: MissReason) {
+        let bytes = self.disk_bytes(key);
         let Some(block) = self.directory.remove(key, reason) else { return };
         if let (Some(frame), Some(host)) = (block.host, &mut self.host) {
             host.disown(frame);
         }
-        if let OnDisk::Stored { order } = block.disk {
-            self.transfers.unstore(order, *key);
+        if block.is_stored() {
+            self.transfers.unstore(*key, bytes);
         } // While `Writing`, the end of the write finds the block unknown and removes it.
     }
 
@@ -240,10 +255,12 @@ impl Store {
         };
         let key = header.key;
         let is_full = header.is_full(&geometry);
-        let mut block = Block::new(&header, is_full);
+        let bytes = self.config.disk_engine.block_bytes(&geometry);
+        let description = Description::of(&header, is_full, bytes);
+        let label = self.directory.get(&key).map(|known| *self.directory.label(known));
         if let Some(known) = self.directory.get_mut(&key) {
             known.used_ms = now_ms;
-            if known.has_labels_of(&block) {
+            if label == Some(description.label) {
                 if known.host.is_some() || self.transfers.is_reading(&key) {
                     host.free(frame);
                     return Ok(CommitOutcome::Known);
@@ -258,11 +275,9 @@ impl Store {
         }
         let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
         host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
-        block.host = Some(frame);
-        block.used_ms = now_ms;
-        block.arrival = self.transfers.next_arrival();
-        self.directory.insert(key, block);
-        for tail in self.directory.outgrown(&key) {
+        self.directory.insert(key, &description, now_ms, frame);
+        let Description { parent, label, tokens, .. } = &description;
+        for tail in self.directory.outgrown(parent, label, tokens) {
             self.forget(&tail, MissReason::Evicted);
         }
         self.transfers.mark_dirty(key, is_full);
@@ -274,8 +289,8 @@ impl Store {
         let chain = self.directory.lookup(list);
         let mut found = LookedUp { miss: chain.miss, ..LookedUp::default() };
         let Some(host) = &mut self.host else { return found };
-        for Link { index, key } in chain.links {
-            let Some(block) = self.directory.get_mut(&key) else { continue };
+        for Link { index, key, id } in chain.links {
+            let Some(block) = self.directory.at_mut(id) else { continue };
             block.used_ms = now_ms;
             let Some(frame) = block.host else {
                 self.transfers.want(key, Waiter { index, ..waiter });
@@ -300,18 +315,21 @@ impl Store {
     /// Everything that the settings and the clock make unwanted.
     pub fn expire(&mut self, now_ms: u64) {
         let oldest_ms = self.config.ttl_ms.map_or(0, |ttl| now_ms.saturating_sub(ttl));
+        let from = std::mem::take(&mut self.expiring);
         for id in self.conversations.expire(oldest_ms) {
             self.transfers.remove_conversation(id);
         }
         if oldest_ms == 0 {
             return;
         }
-        let expired: Vec<BlockKey> = self
-            .directory
-            .iter()
-            .filter(|(key, block)| block.used_ms < oldest_ms && !self.transfers.is_reading(key))
-            .map(|(key, _)| *key)
-            .collect();
+        let (part, next) = self.directory.part(from, EXPIRED_PER_WALK);
+        self.expiring = next.unwrap_or_default();
+        let is_old = |id: &EntryId| {
+            self.directory.at(*id).is_some_and(|block| block.used_ms < oldest_ms)
+                && !self.transfers.is_reading(self.directory.key(*id))
+        };
+        let expired: Vec<BlockKey> =
+            part.into_iter().filter(is_old).map(|id| *self.directory.key(id)).collect();
         for key in expired {
             self.forget(&key, MissReason::Expired);
             self.metrics.expirations.inc();

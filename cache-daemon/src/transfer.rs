@@ -3,7 +3,7 @@
 //! Each move is begun here and ends in `Store::finish`, when a disk thread has done its part; the loop
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use kv_protocol::frame::Owner;
@@ -12,7 +12,7 @@ use kv_protocol::{
     AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason, RootKey,
 };
 
-use crate::directory::{Block, OnDisk};
+use crate::directory::{Block, Description, Label, OnDisk};
 use crate::key_map::{KeyMap, KeySet};
 use crate::policy::QueueTicket;
 use crate::store::Store;
@@ -30,6 +30,9 @@ const DISK_SHARE_PERCENT: u64 = 80;
 const GARBAGE_PERCENT: u64 = 30;
 /// Below this much garbage reclaiming is not worth its reads.
 const GARBAGE_BYTES_MIN: u64 = 32 << 20;
+
+/// Loaded blocks that the policies are told of in one turn of the loop: some milliseconds' work.
+const SETTLED_PER_TURN: usize = 4096;
 
 /// First pause before a failed disk tier is tried again, doubled up to [`RETRY_MAX_MS`].
 const RETRY_MIN_MS: u64 = 250;
@@ -107,10 +110,11 @@ pub struct Transfers {
     fitting_until_ms: Option<u64>,
     pub(crate) stored_bytes: u64,
     pub(crate) physical_bytes: u64,
-    /// Blocks on disk by the order of their writes.
-    stored: BTreeMap<u64, (BlockKey, u64)>,
+    /// Blocks on disk.
+    stored: u64,
     next_order: u64,
-    arrivals: u64,
+    /// After the index was read: how far the policies know of its blocks.
+    settling: Option<usize>,
     waiters: KeyMap<Vec<Waiter>>,
     /// Asked for by lookups, not begun.
     wanted: VecDeque<BlockKey>,
@@ -151,9 +155,9 @@ impl Transfers {
             fitting_until_ms: None,
             stored_bytes: 0,
             physical_bytes: 0,
-            stored: BTreeMap::new(),
+            stored: 0,
             next_order: 1,
-            arrivals: 0,
+            settling: None,
             waiters: KeyMap::default(),
             wanted: VecDeque::new(),
             reading: KeyMap::default(),
@@ -173,11 +177,6 @@ impl Transfers {
             promotes_by_lookup: 0,
             writes: 0,
         }
-    }
-
-    pub(crate) fn next_arrival(&mut self) -> u64 {
-        self.arrivals += 1;
-        self.arrivals
     }
 
     /// A block that is in a frame only.
@@ -269,10 +268,10 @@ impl Transfers {
         }
     }
 
-    pub(crate) fn unstore(&mut self, order: u64, key: BlockKey) {
-        if let Some((_, bytes)) = self.stored.remove(&order) {
-            self.stored_bytes -= bytes;
-        }
+    /// A block that counts as stored goes.
+    pub(crate) fn unstore(&mut self, key: BlockKey, bytes: u64) {
+        self.stored -= 1;
+        self.stored_bytes -= bytes;
         self.removals.push(key);
     }
 
@@ -284,14 +283,13 @@ impl Transfers {
         self.maintaining += 1;
     }
 
-    fn set_stored(&mut self, order: u64, key: BlockKey, bytes: u64) {
-        self.stored.insert(order, (key, bytes));
+    fn count_stored(&mut self, bytes: u64) {
+        self.stored += 1;
         self.stored_bytes += bytes;
-        self.next_order = self.next_order.max(order + 1);
     }
 
     pub(crate) fn stored_blocks(&self) -> u64 {
-        self.stored.len() as u64
+        self.stored
     }
 }
 
@@ -334,7 +332,7 @@ impl Store {
         for _ in 0..need {
             self.refresh();
             let Some(victim) = self.index.host_victim(passed.as_ref()) else { return };
-            if !self.demote(&victim.key) {
+            if !self.demote(&self.directory.key(victim.id).clone()) {
                 passed = Some(victim);
             }
         }
@@ -343,7 +341,8 @@ impl Store {
     /// Makes room for a block that a lookup waits for.
     fn make_frame_free(&mut self) -> bool {
         self.refresh();
-        self.index.host_victim(None).is_some_and(|victim| self.demote(&victim.key))
+        let victim = self.index.host_victim(None).map(|victim| *self.directory.key(victim.id));
+        victim.is_some_and(|key| self.demote(&key))
     }
 
     /// Whether a hinted block may come: into a frame that the watermark does not need, or in the place of
@@ -354,8 +353,10 @@ impl Store {
         if spare {
             return true;
         }
-        let victim = self.index.displaced_by(turn, None);
-        victim.is_some_and(|victim| self.demote(&victim.key))
+        let turn_of = |id| self.queue.first_turn(self.directory.key(id));
+        let victim = self.index.displaced_by(turn, turn_of);
+        let victim = victim.map(|victim| *self.directory.key(victim.id));
+        victim.is_some_and(|key| self.demote(&key))
     }
 
     /// Frees a block's frame now if the disk has the block, or cannot have it; else has it written first.
@@ -393,7 +394,7 @@ impl Store {
                 failed.push(Arrival { result: Ok(frame), waiters });
                 continue;
             }
-            let root = block.root;
+            let root = self.directory.label(block).root;
             let Some(host) = &self.host else { break };
             if host.counts().free == 0 && !self.make_frame_free() {
                 // Room may come from writes under way; pins may be held for long.
@@ -414,11 +415,11 @@ impl Store {
             let Some(host) = &self.host else { break };
             let host_blocks = host.table().layout().frame_count().into();
             let Some(promote) = self.index.promote(&self.queue, host_blocks) else { break };
-            let Some(root) = self.directory.get(&promote.key).map(|block| block.root) else {
-                break;
-            };
+            let key = *self.directory.key(promote.id);
+            let block = self.directory.at(promote.id);
+            let Some(root) = block.map(|block| self.directory.label(block).root) else { break };
             let has_room = self.has_room_for_hint(promote.turn);
-            if !has_room || !self.begin_read(promote.key, root, true) {
+            if !has_room || !self.begin_read(key, root, true) {
                 break;
             }
         }
@@ -512,25 +513,28 @@ impl Store {
         if bytes > limit {
             return false;
         }
-        let Some(incoming) = self.directory.get(key) else { return false };
+        let Some(id) = self.directory.find(key) else { return false };
+        let Some(incoming) = self.directory.at(id) else { return false };
         let incoming = incoming.known(self.queue.first_turn(key));
         let under_way = self.transfers.writing as u64 * bytes;
         while self.transfers.stored_bytes + under_way + bytes > limit {
             self.refresh();
-            let Some(victim) = self.index.disk_victim(key, &incoming, None) else { return false };
-            self.drop_from_disk(&victim.key);
+            let Some(victim) = self.index.disk_victim(id, &incoming, None) else { return false };
+            self.drop_from_disk(&self.directory.key(victim.id).clone());
         }
         true
     }
 
     fn drop_from_disk(&mut self, key: &BlockKey) {
-        let Some(block) = self.directory.get_mut(key) else { return };
-        let OnDisk::Stored { order } = block.disk else { return };
+        let bytes = self.disk_bytes(key);
+        let Some(block) = self.directory.get_mut(key).filter(|block| block.is_stored()) else {
+            return;
+        };
         block.disk = OnDisk::Absent;
         if block.host.is_none() {
             self.directory.remove(key, MissReason::Evicted);
         }
-        self.transfers.unstore(order, *key);
+        self.transfers.unstore(*key, bytes);
         self.transfers.evictions_disk += 1;
         self.metrics.evictions.with_label_values(&["disk"]).inc();
     }
@@ -607,14 +611,14 @@ impl Store {
     /// The end of a disk job. Second: promotes that ended with it.
     pub(crate) fn finish(&mut self, done: Done) -> Option<Arrival> {
         match done {
-            Done::Loaded { blocks, conversations, corrupt, usage } => {
+            Done::Loaded { conversations, corrupt, usage } => {
                 self.transfers.opened = true;
                 self.transfers.physical_bytes = usage.physical_bytes;
                 self.transfers.direct_io = usage.direct_io;
-                self.loaded(blocks, &conversations, corrupt);
+                self.loaded(&conversations, corrupt);
             }
             Done::LoadFailed(error) => self.disk_failed(&error),
-            Done::Written { key, frame, order, result } => self.written(key, frame, order, result),
+            Done::Written { key, frame, result } => self.written(key, frame, result),
             Done::Read { key, frame, result } => return self.read(key, frame, result),
             Done::Maintained { what, error, usage } => {
                 self.transfers.maintaining -= 1;
@@ -643,52 +647,55 @@ impl Store {
         }
     }
 
-    fn loaded(
-        &mut self,
-        blocks: Vec<StoredBlock>,
-        conversations: &[StoredConversation],
-        corrupt: u64,
-    ) {
-        tracing::info!(
-            blocks = blocks.len(),
-            conversations = conversations.len(),
-            corrupt,
-            "disk tier opened"
-        );
-        self.metrics.corrupt.with_label_values(&["disk index"]).inc_by(corrupt);
-        if self.transfers.disk_state == DiskState::Opening {
-            self.transfers.disk_state = DiskState::Ready;
-        }
-        let mut blocks = blocks;
-        blocks.sort_by_key(|stored| stored.order);
+    /// Blocks that the disk tier's index names: they may be looked up from now on.
+    pub(crate) fn found_on_disk(&mut self, blocks: Vec<StoredBlock>) {
         for StoredBlock { header, geometry, order } in blocks {
-            let is_full = header.is_full(&geometry);
-            let mut block = Block::new(&header, is_full);
-            block.disk = OnDisk::Stored { order };
-            let key = header.key;
             let bytes = self.transfers.engine.block_bytes(&geometry);
-            self.transfers.set_stored(order, key, bytes);
+            let description = Description::of(&header, header.is_full(&geometry), bytes);
+            let key = header.key;
+            self.transfers.next_order = self.transfers.next_order.max(order + 1);
+            let label = self.directory.get(&key).map(|known| *self.directory.label(known));
             match self.directory.get_mut(&key) {
-                None => self.directory.insert(key, block),
-                Some(known) if known.has_labels_of(&block) && known.disk == OnDisk::Absent => {
-                    known.disk = block.disk;
+                Some(known) if known.disk != OnDisk::Absent => continue, // Named twice.
+                Some(known) if label == Some(description.label) => known.disk = OnDisk::Stored,
+                Some(_) => {
+                    // Replaced by another variant while the index was read.
+                    self.transfers.removals.push(key);
+                    continue;
                 }
-                // Replaced by another variant while the index was read.
-                Some(_) => self.transfers.unstore(order, key),
+                None => {
+                    self.directory.load(key, &description, header.created_ms);
+                }
             }
-        }
-        for record in conversations {
-            self.conversations.found(record.id, record.updated_ms, record.bytes);
+            self.transfers.count_stored(bytes);
         }
     }
 
-    fn written(
-        &mut self,
-        key: BlockKey,
-        frame: FrameIndex,
-        order: u64,
-        result: Result<(), WriteFailure>,
-    ) {
+    /// The index has been read to its end.
+    fn loaded(&mut self, conversations: &[StoredConversation], corrupt: u64) {
+        let blocks = self.transfers.stored;
+        let records = conversations.len();
+        tracing::info!(blocks, records, corrupt, "disk tier opened");
+        self.metrics.corrupt.with_label_values(&["disk index"]).inc_by(corrupt);
+        for record in conversations {
+            self.conversations.found(record.id, record.updated_ms, record.bytes);
+        }
+        self.transfers.settling = Some(0);
+    }
+
+    /// Tells the policies of loaded blocks, some in each turn; only then may blocks leave the disk, so only
+    /// then are others written. `true` while there are more.
+    pub(crate) fn settle_loaded(&mut self) -> bool {
+        let Some(from) = self.transfers.settling else { return false };
+        self.transfers.settling = self.directory.settle(from, SETTLED_PER_TURN);
+        self.refresh();
+        if self.transfers.settling.is_none() && self.transfers.disk_state == DiskState::Opening {
+            self.transfers.disk_state = DiskState::Ready;
+        }
+        true
+    }
+
+    fn written(&mut self, key: BlockKey, frame: FrameIndex, result: Result<(), WriteFailure>) {
         self.transfers.writing -= 1;
         let engine = self.transfers.engine;
         let bytes = self.geometry().map_or(0, |geometry| engine.block_bytes(geometry));
@@ -704,10 +711,10 @@ impl Store {
                 self.transfers.writes += 1;
                 self.transfers.disk_error = None;
                 self.metrics.writes.inc();
-                self.transfers.set_stored(order, key, bytes);
+                self.transfers.count_stored(bytes);
                 match self.directory.get_mut(&key) {
-                    Some(block) if is_ours => block.disk = OnDisk::Stored { order },
-                    _ => self.transfers.unstore(order, key), // Forgotten meanwhile.
+                    Some(block) if is_ours => block.disk = OnDisk::Stored,
+                    _ => self.transfers.unstore(key, bytes), // Forgotten meanwhile.
                 }
             }
             Err(failure) => {
@@ -762,10 +769,11 @@ impl Store {
                 return Some(Arrival { result: Err(reason), waiters });
             }
         };
-        let arrival = self.transfers.next_arrival();
-        let wanted = self.directory.get_mut(&key).filter(|block| {
-            block.host.is_none() && block.has_labels_of(&Block::new(&header, block.is_full))
+        let label = self.directory.get(&key).map(|block| *self.directory.label(block));
+        let is_same = label.is_some_and(|Label { root, variant, numerics, .. }| {
+            (root, variant, numerics) == (header.root, header.variant, header.numerics)
         });
+        let wanted = self.directory.get_mut(&key).filter(|block| is_same && block.host.is_none());
         let Some(block) = wanted else {
             host.free(frame);
             let other = self.directory.get(&key).and_then(|block| block.host);
@@ -777,7 +785,6 @@ impl Store {
         }
         block.host = Some(frame);
         block.hinted = reading.by_hint && waiters.is_empty();
-        block.arrival = arrival;
         if reading.by_hint {
             self.transfers.promotes_by_hint += 1;
             self.metrics.promotes.with_label_values(&["hint"]).inc();

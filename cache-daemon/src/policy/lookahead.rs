@@ -54,7 +54,7 @@ pub fn rank(known: &Known) -> Rank {
 }
 
 fn farthest_first(distance: u64) -> u64 {
-    u64::MAX - distance
+    Rank::ORDER_MAX - distance.min(Rank::ORDER_MAX)
 }
 
 /// Whether a block may leave host memory so that a turn's block can come before it is asked for: never one

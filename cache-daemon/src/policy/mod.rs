@@ -29,8 +29,6 @@ pub struct QueueTicket(pub u64);
 pub struct Known {
     /// Last commit, lookup or promote; milliseconds.
     pub used_ms: u64,
-    /// Order in which blocks came into the cache.
-    pub arrival: u64,
     /// Blocks before it in its chain. Later blocks go first: a chain is useful up to its first gap.
     pub depth: u32,
     /// First queued turn that will read it.
@@ -42,16 +40,23 @@ pub struct Known {
 /// A block's place in the order of leaving: the smallest leaves first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
-    class: u8,
-    order: u64,
+    /// Class in the upper three bits, order below: a rank is kept for each block of a tier.
+    class_and_order: u64,
     from_end: Reverse<u32>,
 }
 
 impl Rank {
+    /// Largest order inside a class; a larger one counts as this.
+    pub const ORDER_MAX: u64 = (1 << 61) - 1;
+    /// Largest class.
+    pub const CLASS_MAX: u8 = 7;
+
     /// All of a class leave before the next class; inside it, by `order`; of one chain, the last block
     /// first.
     pub fn new(class: u8, order: u64, depth: u32) -> Self {
-        Self { class, order, from_end: Reverse(depth) }
+        assert!(class <= Self::CLASS_MAX, "classes have three bits");
+        let class_and_order = u64::from(class) << 61 | order.min(Self::ORDER_MAX);
+        Self { class_and_order, from_end: Reverse(depth) }
     }
 }
 
@@ -76,7 +81,7 @@ pub(crate) mod fixtures {
 
     /// A block that no turn needs.
     pub(crate) fn known(used_ms: u64) -> Known {
-        Known { used_ms, arrival: 0, depth: 0, turn: None, returns_ms: None }
+        Known { used_ms, depth: 0, turn: None, returns_ms: None }
     }
 
     /// A block that a turn needs.

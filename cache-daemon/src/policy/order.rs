@@ -1,48 +1,66 @@
 //! The blocks of one tier in the order in which they leave.
 //!
-//! **Invariant:** `by_rank` has exactly the pairs of those `slots` that have a rank.
+//! **Invariant:** `by_rank` has exactly the seats of those blocks that are free to leave.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
 
 use kv_protocol::BlockKey;
 
-use crate::key_map::KeyMap;
+use super::{Known, PolicyKind, Rank, Residence, fifo, lookahead, lru, s3fifo};
+use crate::directory::EntryId;
 
-use super::{Known, PolicyKind, QueueTicket, Rank, Residence, fifo, lookahead, lru, s3fifo};
-
-/// A block that may leave, and what it is worth.
+/// A block that may leave, and its place in the order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Victim {
     /// Name.
-    pub key: BlockKey,
-    /// First queued turn that needs it.
-    pub turn: Option<QueueTicket>,
+    pub id: EntryId,
     /// Its place in the order.
     pub rank: Rank,
 }
 
+/// A rank and whose it is, in two words: there is one for each block of a tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Seat(u64, u64);
+
+impl Seat {
+    fn new(rank: Rank, id: EntryId) -> Self {
+        Self(rank.class_and_order, u64::from(u32::MAX - rank.from_end.0) << 32 | u64::from(id.0))
+    }
+
+    fn victim(self) -> Victim {
+        let depth = u32::MAX - (self.1 >> 32) as u32;
+        let rank = Rank { class_and_order: self.0, from_end: std::cmp::Reverse(depth) };
+        Victim { id: EntryId(self.1 as u32), rank }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Slot {
-    /// `None`: it may not leave now.
-    rank: Option<Rank>,
-    turn: Option<QueueTicket>,
-    s3: Option<s3fifo::Entry>,
+    rank: Rank,
+    residence: Residence,
+}
+
+impl Slot {
+    fn seat(&self, id: EntryId) -> Option<Seat> {
+        (self.residence == Residence::Free).then(|| Seat::new(self.rank, id))
+    }
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Order {
     policy: PolicyKind,
-    slots: KeyMap<Slot>,
-    by_rank: BTreeSet<(Rank, BlockKey)>,
+    /// By id.
+    slots: Vec<Slot>,
+    by_rank: BTreeSet<Seat>,
     s3: s3fifo::Queues,
 }
 
 impl Order {
     /// An empty tier.
     pub fn new(policy: PolicyKind) -> Self {
-        let (slots, by_rank) = (KeyMap::default(), BTreeSet::new());
+        let (slots, by_rank) = (Vec::new(), BTreeSet::new());
         Self { policy, slots, by_rank, s3: s3fifo::Queues::default() }
     }
 
@@ -56,83 +74,97 @@ impl Order {
         self.by_rank.is_empty()
     }
 
+    fn slot(&self, id: EntryId) -> Slot {
+        let absent = Slot { rank: Rank::new(0, 0, 0), residence: Residence::Absent };
+        self.slots.get(id.0 as usize).copied().unwrap_or(absent)
+    }
+
     /// Which rank a block has, or would have.
-    pub fn rank(&self, key: &BlockKey, known: &Known) -> Rank {
+    pub fn rank(&self, id: EntryId, known: &Known) -> Rank {
+        let slot = self.slot(id);
         match self.policy {
             PolicyKind::LookAhead => lookahead::rank(known),
             PolicyKind::Lru => lru::rank(known),
+            PolicyKind::Fifo if slot.residence != Residence::Absent => slot.rank,
             PolicyKind::Fifo => fifo::rank(known),
-            PolicyKind::S3Fifo => {
-                let entry = self.slots.get(key).and_then(|slot| slot.s3);
-                // A newcomer is the last of the small queue, and never its own victim.
-                entry.map_or(Rank::new(u8::MAX, 0, 0), |entry| entry.rank())
-            }
+            PolicyKind::S3Fifo => self.s3.rank(id),
         }
     }
 
     /// What is known of a block now, and how it stands here.
-    pub fn set(&mut self, key: BlockKey, known: Option<&Known>, residence: Residence) {
-        let known = known.filter(|_| residence != Residence::Absent);
-        let old = self.slots.get(&key).copied();
-        let s3 = match (self.policy, known) {
-            (PolicyKind::S3Fifo, Some(known)) => Some(match old.and_then(|slot| slot.s3) {
-                Some(entry) => entry.seen(known),
-                None => self.s3.enter(&key, known),
-            }),
-            _ => None,
+    pub fn set(&mut self, id: EntryId, key: &BlockKey, known: Option<&Known>, here: Residence) {
+        let old = self.slot(id);
+        let new = match known.filter(|_| here != Residence::Absent) {
+            Some(known) if self.policy == PolicyKind::S3Fifo => {
+                Slot { rank: self.s3.see(id, key, known), residence: here }
+            }
+            Some(known) => Slot { rank: self.rank(id, known), residence: here },
+            None if old.residence == Residence::Absent => return,
+            None => {
+                self.s3.leave(id, key);
+                Slot { residence: Residence::Absent, ..old }
+            }
         };
-        let rank = |known: &Known| s3.map_or_else(|| self.rank(&key, known), |entry| entry.rank());
-        let new = known.map(|known| Slot {
-            rank: (residence == Residence::Free).then(|| rank(known)),
-            turn: known.turn,
-            s3,
-        });
-        if let (Some(Slot { s3: Some(entry), .. }), None) = (old, new) {
-            self.s3.leave(key, &entry);
-        }
-        self.replace(key, old, new);
+        self.replace(id, old, new);
     }
 
-    fn replace(&mut self, key: BlockKey, old: Option<Slot>, new: Option<Slot>) {
-        let (from, to) = (old.and_then(|slot| slot.rank), new.and_then(|slot| slot.rank));
+    fn replace(&mut self, id: EntryId, old: Slot, new: Slot) {
+        let (from, to) = (old.seat(id), new.seat(id));
         if from != to {
-            if let Some(rank) = from {
-                self.by_rank.remove(&(rank, key));
-            }
-            if let Some(rank) = to {
-                self.by_rank.insert((rank, key));
-            }
+            from.map(|seat| self.by_rank.remove(&seat));
+            to.map(|seat| self.by_rank.insert(seat));
         }
-        match new {
-            Some(slot) => self.slots.insert(key, slot),
-            None => self.slots.remove(&key),
-        };
+        let place = id.0 as usize;
+        if place >= self.slots.len() {
+            self.slots.resize(place + 1, Slot { residence: Residence::Absent, ..new });
+        }
+        self.slots[place] = new;
     }
 
     /// Who leaves next; after `passed`, if that one could not leave now.
     pub fn next(&mut self, passed: Option<&Victim>) -> Option<Victim> {
         loop {
             let from = match (passed, self.policy) {
-                (Some(victim), _) => Bound::Excluded((victim.rank, victim.key)),
-                (None, PolicyKind::S3Fifo) => Bound::Included((self.s3.begin(), BlockKey([0; 32]))),
+                (Some(victim), _) => Bound::Excluded(Seat::new(victim.rank, victim.id)),
+                (None, PolicyKind::S3Fifo) => {
+                    Bound::Included(Seat::new(self.s3.begin(), EntryId(0)))
+                }
                 (None, _) => Bound::Unbounded,
             };
             let first = self.by_rank.range((from, Bound::Unbounded)).next();
             // The queue that S3-FIFO would rather take from may be empty.
             let first = first.or_else(|| self.by_rank.first().filter(|_| passed.is_none()));
-            let (rank, key) = *first?;
-            let slot = self.slots[&key];
-            let stays = slot.s3.and_then(|entry| self.s3.second_chance(&entry));
-            let Some(entry) = stays else { return Some(Victim { key, turn: slot.turn, rank }) };
-            let again = Slot { rank: Some(entry.rank()), s3: Some(entry), ..slot };
-            self.replace(key, Some(slot), Some(again));
+            let victim = first?.victim();
+            let stays = (self.policy == PolicyKind::S3Fifo)
+                .then(|| self.s3.second_chance(victim.id))
+                .flatten();
+            let Some(rank) = stays else { return Some(victim) };
+            let old = self.slot(victim.id);
+            self.replace(victim.id, old, Slot { rank, ..old });
         }
     }
 
     /// Panics where the module's invariant does not hold.
     #[cfg(test)]
     pub fn self_check(&self) {
-        let ranked = self.slots.iter().filter_map(|(key, slot)| Some((slot.rank?, *key)));
-        assert_eq!(ranked.collect::<BTreeSet<_>>(), self.by_rank);
+        let ids = (0..self.slots.len()).map(|place| EntryId(place as u32));
+        let seats = ids.filter_map(|id| self.slot(id).seat(id));
+        assert_eq!(seats.collect::<BTreeSet<_>>(), self.by_rank);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::known;
+    use super::*;
+
+    #[test]
+    fn first_come_is_first_out_whatever_was_used_since() {
+        let mut order = Order::new(PolicyKind::Fifo);
+        let key = BlockKey([0; 32]);
+        for (id, used_ms) in [(1, 10), (2, 20), (1, 30)] {
+            order.set(EntryId(id), &key, Some(&known(used_ms)), Residence::Free);
+        }
+        assert_eq!(order.next(None).map(|victim| victim.id), Some(EntryId(1)));
     }
 }

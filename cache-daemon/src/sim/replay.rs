@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::schedule::{Server, Times, schedule};
 use super::trace::Trace;
-use crate::directory::{Block, Directory, OnDisk};
+use crate::directory::{Description, Directory, EntryId, Label, OnDisk};
 use crate::key_map::{KeyMap, KeySet};
 use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
 use crate::queue::{Queue, TurnId};
@@ -244,14 +244,12 @@ struct Replay<'a> {
     settings: Settings,
     outcome: Outcome,
     root: RootKey,
-    tokens: Arc<[u32]>,
-    numerics: NumericsTag,
+    label: Label,
     host_blocks: u64,
     disk_blocks: u64,
     events: BinaryHeap<Reverse<(u64, Event)>>,
     now_us: u64,
     started: usize,
-    arrivals: u64,
     directory: Directory,
     queue: Queue,
     index: Index,
@@ -274,19 +272,18 @@ struct Replay<'a> {
 impl<'a> Replay<'a> {
     fn new(trace: &'a Prepared, settings: Settings) -> Self {
         let block_bytes = u64::from(trace.block_tokens) * settings.token_bytes;
+        let (root, numerics) = (RootKey([0; 32]), NumericsTag::of("simulator"));
         Self {
             trace,
             settings,
             outcome: Outcome::default(),
-            root: RootKey([0; 32]),
-            tokens: Arc::from([]),
-            numerics: NumericsTag::of("simulator"),
+            root,
+            label: Label { root, variant: Variant::Exact, numerics, disk_bytes: block_bytes },
             host_blocks: settings.host_bytes / block_bytes.max(1),
             disk_blocks: settings.disk_bytes / block_bytes.max(1),
             events: BinaryHeap::new(),
             now_us: 0,
             started: 0,
-            arrivals: 0,
             directory: Directory::default(),
             queue: Queue::default(),
             index: Index::new(settings.policy.policy()),
@@ -470,28 +467,13 @@ impl<'a> Replay<'a> {
             return; // No frame: the block is not kept.
         }
         self.host_used += 1;
-        self.arrivals += 1;
         if let Some(block) = self.directory.get_mut(&key) {
             (block.used_ms, block.host) = (now_ms, Some(FrameIndex(0)));
             return; // On disk only until now: nothing needs to be written again.
         }
-        self.directory.insert(
-            key,
-            Block {
-                parent,
-                root: self.root,
-                tokens: self.tokens.clone(),
-                variant: Variant::Exact,
-                numerics: self.numerics,
-                is_full: true,
-                depth: 0,
-                used_ms: now_ms,
-                arrival: self.arrivals,
-                host: Some(FrameIndex(0)),
-                disk: OnDisk::Absent,
-                hinted: false,
-            },
-        );
+        let (label, tokens) = (self.label, Arc::from([]));
+        let block = Description { parent, label, tokens, is_full: true };
+        self.directory.insert(key, &block, now_ms, FrameIndex(0));
         self.make_dirty(key);
     }
 
@@ -509,19 +491,22 @@ impl<'a> Replay<'a> {
     }
 
     fn refresh(&mut self) {
-        let mut changed = self.directory.take_changed();
-        changed.extend(self.queue.take_changed());
-        changed.append(&mut self.changed);
+        let mut keys = self.queue.take_changed();
+        keys.append(&mut self.changed);
+        let mut changed: Vec<EntryId> =
+            keys.iter().filter_map(|key| self.directory.find(key)).collect();
+        changed.extend(self.directory.take_changed());
         changed.sort_unstable();
         changed.dedup();
-        for key in changed {
-            let standing = self.standing(&key);
-            self.index.set(key, standing.as_ref());
+        for id in changed {
+            let standing = self.standing(id);
+            self.index.set(id, self.directory.key(id), standing.as_ref());
         }
     }
 
-    fn standing(&self, key: &BlockKey) -> Option<Standing> {
-        let block = self.directory.get(key)?;
+    fn standing(&self, id: EntryId) -> Option<Standing> {
+        let block = self.directory.at(id)?;
+        let key = self.directory.key(id);
         let is_asked_for = self.disk_job == Some((*key, true)) || self.waiters.contains_key(key);
         let is_held = self.pins.contains_key(key) || self.disk_job == Some((*key, false));
         let host = match block.host {
@@ -531,8 +516,8 @@ impl<'a> Replay<'a> {
         };
         let disk = match block.disk {
             OnDisk::Absent => Residence::Absent,
-            OnDisk::Stored { .. } if !is_asked_for => Residence::Free,
-            OnDisk::Stored { .. } | OnDisk::Writing => Residence::Held,
+            OnDisk::Stored if !is_asked_for => Residence::Free,
+            OnDisk::Stored | OnDisk::Writing => Residence::Held,
         };
         Some(Standing { known: block.known(self.queue.first_turn(key)), host, disk })
     }
@@ -550,7 +535,7 @@ impl<'a> Replay<'a> {
         for _ in 0..u64::from(free_high(frames)).saturating_sub(self.free()) {
             self.refresh();
             let Some(victim) = self.index.host_victim(passed.as_ref()) else { return };
-            if !self.demote(&victim.key) {
+            if !self.demote(&self.directory.key(victim.id).clone()) {
                 passed = Some(victim);
             }
         }
@@ -560,7 +545,7 @@ impl<'a> Replay<'a> {
         self.refresh();
         let mut passed = None;
         while let Some(victim) = self.index.host_victim(passed.as_ref()) {
-            if self.demote(&victim.key) {
+            if self.demote(&self.directory.key(victim.id).clone()) {
                 return true;
             }
             passed = Some(victim);
@@ -592,15 +577,17 @@ impl<'a> Replay<'a> {
     }
 
     fn make_disk_room(&mut self, key: &BlockKey) -> bool {
-        let Some(block) = self.directory.get(key) else { return false };
+        let Some(id) = self.directory.find(key) else { return false };
+        let Some(block) = self.directory.at(id) else { return false };
         let incoming = block.known(self.queue.first_turn(key));
         while self.disk_used >= self.disk_blocks {
             self.refresh();
-            let Some(victim) = self.index.disk_victim(key, &incoming, None) else { return false };
-            let Some(block) = self.directory.get_mut(&victim.key) else { return false };
+            let Some(victim) = self.index.disk_victim(id, &incoming, None) else { return false };
+            let victim = *self.directory.key(victim.id);
+            let Some(block) = self.directory.get_mut(&victim) else { return false };
             block.disk = OnDisk::Absent;
             if block.host.is_none() {
-                self.directory.remove(&victim.key, MissReason::Evicted);
+                self.directory.remove(&victim, MissReason::Evicted);
             }
             self.disk_used -= 1;
             self.outcome.evictions_disk += 1;
@@ -647,14 +634,15 @@ impl<'a> Replay<'a> {
         let promote = self.index.promote(&self.queue, self.host_blocks)?;
         let spare = self.free() > u64::from(free_high(self.host_blocks as u32));
         if !spare {
-            let victim = self.index.displaced_by(promote.turn, None)?;
-            if !self.demote(&victim.key) {
+            let turn_of = |id| self.queue.first_turn(self.directory.key(id));
+            let victim = self.index.displaced_by(promote.turn, turn_of)?;
+            if !self.demote(&self.directory.key(victim.id).clone()) {
                 return None;
             }
         }
         self.host_used += 1;
         self.outcome.promotes_by_hint += 1;
-        Some((promote.key, true))
+        Some((*self.directory.key(promote.id), true))
     }
 
     fn next_write(&mut self) -> Option<(BlockKey, bool)> {
@@ -686,7 +674,7 @@ impl<'a> Replay<'a> {
             return;
         };
         if !is_read {
-            block.disk = OnDisk::Stored { order: 0 };
+            block.disk = OnDisk::Stored;
             return;
         }
         block.host = Some(FrameIndex(0));

@@ -31,6 +31,10 @@ pub const READERS: usize = 8;
 pub const GROUP_MAX: usize = 8;
 /// Jobs that may wait for the writer, and for the readers.
 pub const JOBS_MAX: usize = 256;
+/// Blocks that a store being opened hands over at once, and parts that may wait for the loop: a million
+/// blocks are never in memory twice.
+const FOUND_PART_BLOCKS: usize = 256;
+const FOUND_PARTS_MAX: usize = 8;
 /// Blocks in one removal.
 pub const REMOVALS_MAX: usize = 256;
 
@@ -156,9 +160,10 @@ pub struct DiskUsage {
 
 /// Where blocks and records rest. Calls may take as long as a disk takes.
 pub trait DiskTier: Send + Sync {
-    /// Reads the whole index; gives back how many entries were corrupt (and are gone now).
+    /// Reads the whole index, once, before anything else; gives back how many entries were corrupt (and
+    /// are gone now). A block may be given twice.
     fn load(
-        &self,
+        &mut self,
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError>;
@@ -246,10 +251,8 @@ pub enum Job {
 /// What a disk thread has done.
 #[derive(Debug)]
 pub enum Done {
-    /// The store is open; blocks and records found in it.
+    /// The store is open, its blocks are in [`DiskWorkers::found`]; records found in it.
     Loaded {
-        /// Blocks.
-        blocks: Vec<StoredBlock>,
         /// Records.
         conversations: Vec<StoredConversation>,
         /// Entries that were not to be trusted.
@@ -265,8 +268,6 @@ pub enum Done {
         key: BlockKey,
         /// To be released.
         frame: FrameIndex,
-        /// Of this write.
-        order: u64,
         /// Stored, wrong (checksum), or failed.
         result: Result<(), WriteFailure>,
     },
@@ -321,6 +322,7 @@ pub enum WriteFailure {
 pub struct DiskWorkers {
     writer: SyncSender<Job>,
     readers: SyncSender<Job>,
+    found: Receiver<Vec<StoredBlock>>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
@@ -334,13 +336,17 @@ impl DiskWorkers {
         notify: impl Fn() + Send + Sync + Clone + 'static,
     ) -> std::io::Result<Self> {
         let opened: Opened = Arc::new(OnceLock::new());
+        let (give, found) = sync_channel(FOUND_PARTS_MAX);
         let (writer, writer_jobs) = sync_channel(JOBS_MAX);
         let (readers, reader_jobs) = sync_channel(JOBS_MAX);
         let reader_jobs = Arc::new(Mutex::new(reader_jobs));
         let mut threads = Vec::new();
-        let report = move |event| {
-            let _ = done.send(event); // The loop is gone: nobody needs to know.
-            notify();
+        let report = {
+            let notify = notify.clone();
+            move |event| {
+                let _ = done.send(event); // The loop is gone: nobody needs to know.
+                notify();
+            }
         };
         let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name).spawn(body)
@@ -350,7 +356,8 @@ impl DiskWorkers {
             threads.push(spawn(
                 "disk-writer".into(),
                 Box::new(move || {
-                    let tier = open().and_then(|tier| load(tier, &report));
+                    let tier = open().and_then(|tier| load(tier, &give, &notify, &report));
+                    drop(give);
                     let tier = match tier {
                         Ok(tier) => Some(tier),
                         Err(error) => {
@@ -378,7 +385,7 @@ impl DiskWorkers {
                 }),
             )?);
         }
-        Ok(Self { writer, readers, threads })
+        Ok(Self { writer, readers, found, threads })
     }
 
     /// Sends work to the writer; gives it back if too much waits already.
@@ -393,9 +400,14 @@ impl DiskWorkers {
         send(&self.readers, job)
     }
 
+    /// The next blocks found in the store, if there are some now.
+    pub fn found(&self) -> Option<Vec<StoredBlock>> {
+        self.found.try_recv().ok()
+    }
+
     /// Ends the threads after the jobs that wait, and closes the store.
     pub fn join(self) {
-        drop((self.writer, self.readers));
+        drop((self.writer, self.readers, self.found));
         for thread in self.threads {
             let _ = thread.join(); // A panicked disk thread has said so already.
         }
@@ -413,12 +425,30 @@ fn next_job(jobs: &Mutex<Receiver<Job>>) -> Option<Job> {
     jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
 }
 
-fn load(tier: Box<dyn DiskTier>, report: &impl Fn(Done)) -> Result<Box<dyn DiskTier>, DiskError> {
+/// Hands over what the store holds part by part, no faster than the loop takes it.
+fn load(
+    mut tier: Box<dyn DiskTier>,
+    give: &SyncSender<Vec<StoredBlock>>,
+    notify: &impl Fn(),
+    report: &impl Fn(Done),
+) -> Result<Box<dyn DiskTier>, DiskError> {
     let (mut blocks, mut conversations) = (Vec::new(), Vec::new());
-    let corrupt =
-        tier.load(&mut |block| blocks.push(block), &mut |record| conversations.push(record))?;
+    let hand_over = |blocks: &mut Vec<StoredBlock>| {
+        let part = std::mem::replace(blocks, Vec::with_capacity(FOUND_PART_BLOCKS));
+        if give.send(part).is_ok() {
+            notify(); // The loop is gone otherwise, and this process soon.
+        }
+    };
+    let mut found = |block| {
+        blocks.push(block);
+        if blocks.len() == FOUND_PART_BLOCKS {
+            hand_over(&mut blocks);
+        }
+    };
+    let corrupt = tier.load(&mut found, &mut |record| conversations.push(record))?;
+    hand_over(&mut blocks);
     let usage = tier.usage();
-    report(Done::Loaded { blocks, conversations, corrupt, usage });
+    report(Done::Loaded { conversations, corrupt, usage });
     Ok(tier)
 }
 
@@ -480,8 +510,7 @@ impl Group {
         }
         let results = write_blocks(store, &self.writes);
         for (job, result) in self.writes.into_iter().zip(results) {
-            let (key, frame, order) = (job.key, job.handle.frame, job.order);
-            report(Done::Written { key, frame, order, result });
+            report(Done::Written { key: job.key, frame: job.handle.frame, result });
         }
         if let Some(job) = self.last {
             report(perform(job, tier));
@@ -501,7 +530,7 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
         Job::Write { key, handle, table, order } => {
             let frame = handle.frame;
             let mut results = write_blocks(tier, &[WriteJob { key, handle, table, order }]);
-            Done::Written { key, frame, order, result: results.remove(0) }
+            Done::Written { key, frame, result: results.remove(0) }
         }
         Job::Read { key, root, handle, table } => Done::Read {
             key,

@@ -12,7 +12,7 @@ pub struct NoDisk;
 
 impl DiskTier for NoDisk {
     fn load(
-        &self,
+        &mut self,
         _block: &mut dyn FnMut(StoredBlock),
         _conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {

@@ -158,7 +158,7 @@ pub fn decode_record(value: &[u8]) -> Option<(u64, &[u8])> {
 
 impl DiskTier for RocksTier {
     fn load(
-        &self,
+        &mut self,
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
@@ -313,7 +313,7 @@ mod tests {
         header
     }
 
-    fn load(tier: &RocksTier) -> (Vec<StoredBlock>, u64) {
+    fn load(tier: &mut RocksTier) -> (Vec<StoredBlock>, u64) {
         let mut blocks = Vec::new();
         let corrupt = tier.load(&mut |block| blocks.push(block), &mut |_| {}).unwrap();
         (blocks, corrupt)
@@ -328,8 +328,8 @@ mod tests {
             tier.put_conversation(&id, 7, b"record").unwrap();
             write(&tier, &[1, 2, 3, 4], 5)
         };
-        let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
-        let (blocks, corrupt) = load(&tier);
+        let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
+        let (blocks, corrupt) = load(&mut tier);
         assert_eq!((blocks.len(), corrupt), (1, 0));
         assert_eq!((&blocks[0].header, blocks[0].order), (&header, 5));
         let mut bytes = Vec::new();
@@ -342,22 +342,22 @@ mod tests {
     #[test]
     fn a_removed_block_is_gone_from_index_and_payload() {
         let dir = tempfile::tempdir().unwrap();
-        let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
+        let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
         let header = write(&tier, &[1], 1);
         tier.remove(&[header.key]).unwrap();
         assert!(!tier.read(&header.key, &mut |_| {}).unwrap());
-        assert!(load(&tier).0.is_empty());
+        assert!(load(&mut tier).0.is_empty());
     }
 
     #[test]
     fn a_torn_index_entry_is_dropped_and_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
+        let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
         let good = write(&tier, &[1], 1);
         let torn = write(&tier, &[2], 2);
         let entry = tier.db.get_cf(tier.family(INDEX), torn.key.0).unwrap().unwrap();
         tier.db.put_cf(tier.family(INDEX), torn.key.0, &entry[..entry.len() / 2]).unwrap();
-        let (blocks, corrupt) = load(&tier);
+        let (blocks, corrupt) = load(&mut tier);
         assert_eq!((blocks.len(), corrupt), (1, 1));
         assert_eq!(blocks[0].header.key, good.key);
     }

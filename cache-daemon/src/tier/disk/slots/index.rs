@@ -86,6 +86,11 @@ impl Index {
         Ok(())
     }
 
+    /// Lets go of the database: nothing can be read until `reopen`.
+    pub fn close(&self) {
+        self.state.write().unwrap_or_else(PoisonError::into_inner).db = None;
+    }
+
     fn error(&self, what: &'static str) -> impl Fn(rocksdb::Error) -> DiskError + '_ {
         move |error| {
             let (dir, message) = (self.dir.clone(), error.to_string());

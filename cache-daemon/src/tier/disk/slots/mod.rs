@@ -42,6 +42,7 @@ use super::{
 
 /// Folder of slot files and index, in the tier's.
 pub const FOLDER: &str = "slots";
+const INDEX_FOLDER: &str = "index";
 /// In that folder: the format's version in decimal digits, written before anything else.
 const FORMAT_FILE: &str = "FORMAT";
 /// Slot files may take this share of the tier; the rest is for index, log and records (an eighth).
@@ -58,6 +59,8 @@ const RESERVE_BYTES_MAX: u64 = 1 << 30;
 /// Blocks written at once. Two threads overlap checksum and copy with the drive; more keep it busy
 /// with small blocks.
 const WRITE_THREADS: usize = 4;
+/// Entries written at once when the index is made again.
+const REBUILT_PER_BATCH: usize = 1024;
 /// An epoch is the opening in the upper half, a count of writes in the lower.
 const EPOCH_OPENING_SHIFT: u32 = 32;
 
@@ -84,8 +87,6 @@ pub struct SlotTier {
     reserve_bytes: u64,
     /// Blocks whose removal failed: removed when the index takes writes again.
     unremoved: Mutex<Vec<BlockKey>>,
-    /// Found by `open`, given away by `load`.
-    found: Mutex<(Vec<StoredBlock>, u64)>,
 }
 
 impl SlotTier {
@@ -107,12 +108,12 @@ impl SlotTier {
     }
 
     fn open_on(media: Arc<dyn Media>, dir: &Path, disk_bytes: u64) -> Result<Self, DiskError> {
-        let home = dir.join(FOLDER).join("index");
+        let home = dir.join(FOLDER).join(INDEX_FOLDER);
         let index = match Index::open(&home, media.clone()) {
             Err(error) if is_corrupt(&error) => start_index_anew(&home, media.clone(), &error)?,
             other => other?,
         };
-        let mut tier = Self {
+        let tier = Self {
             dir: dir.to_owned(),
             media,
             index,
@@ -125,21 +126,8 @@ impl SlotTier {
             files_bytes_max: disk_bytes / 100 * FILES_SHARE_PERCENT,
             reserve_bytes: (disk_bytes / RESERVE_SHARE).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX),
             unremoved: Mutex::default(),
-            found: Mutex::default(),
         };
         tier.open_files()?;
-        let read = if tier.index.is_complete()? { tier.read_index() } else { tier.rebuild_index() };
-        let opening = match read {
-            Err(error) if is_corrupt(&error) => {
-                drop(tier.index);
-                tier.index = start_index_anew(&home, tier.media.clone(), &error)?;
-                tier.open_files()?; // What the half-read index had occupied is free again.
-                tier.rebuild_index()?
-            }
-            other => other?,
-        };
-        let opening = tier.index.begin(opening)?;
-        tier.lock().next_epoch = u64::from(opening) << EPOCH_OPENING_SHIFT;
         Ok(tier)
     }
 
@@ -173,33 +161,29 @@ impl SlotTier {
         Ok(())
     }
 
-    /// Enters what the index says.
-    fn read_index(&self) -> Result<u32, DiskError> {
-        let mut blocks = Vec::new();
+    /// Enters what the index says; gives back the highest opening seen and the entries that were wrong.
+    fn read_index(&self, found: &mut dyn FnMut(StoredBlock)) -> Result<(u32, u64), DiskError> {
         let mut opening = 0;
         let mut impossible: Vec<Box<[u8]>> = Vec::new();
-        let mut state = self.lock();
         let mut wrong = self.index.scan(&mut |entry| {
             let SlotHeader { at, epoch, order, geometry } = entry.slot;
-            if state.space.occupy(at, &geometry, epoch, order) {
+            if self.lock().space.occupy(at, &geometry, epoch, order) {
                 opening = opening.max((epoch >> EPOCH_OPENING_SHIFT) as u32);
-                blocks.push(StoredBlock { header: entry.header, geometry, order });
+                found(StoredBlock { header: entry.header, geometry, order });
             } else {
                 impossible.push(Box::from(entry.header.key.0)); // Two in one slot, or none there.
             }
         })?;
-        drop(state);
         wrong.extend(impossible);
         if !wrong.is_empty() {
             self.index.remove_wrong(&wrong)?;
         }
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = (blocks, wrong.len() as u64);
-        Ok(opening)
+        Ok((opening, wrong.len() as u64))
     }
 
     /// Reads every slot's header page; of two blocks with one key the higher epoch wins. Payloads are
     /// checked when they are read.
-    fn rebuild_index(&self) -> Result<u32, DiskError> {
+    fn rebuild_index(&self, found: &mut dyn FnMut(StoredBlock)) -> Result<u32, DiskError> {
         let files: Vec<_> = {
             let state = self.lock();
             let shape = |number: &u32| state.space.geometry(*number).copied();
@@ -214,35 +198,31 @@ impl SlotTier {
                     tracing::warn!(file = number, slot, %error, "slot not read: its block is lost");
                     continue;
                 }
-                let Some((found, header)) = SlotHeader::decode(&page) else { continue };
-                if found.at != (SlotId { file: number, slot }) || found.geometry != geometry {
+                let Some((read, header)) = SlotHeader::decode(&page) else { continue };
+                if read.at != (SlotId { file: number, slot }) || read.geometry != geometry {
                     continue;
                 }
                 let known = newest.get(&header.key);
-                if known.is_none_or(|(known, _)| known.epoch < found.epoch) {
-                    newest.insert(header.key, (found, header));
+                if known.is_none_or(|(known, _)| known.epoch < read.epoch) {
+                    newest.insert(header.key, (read, header));
                 }
             }
         }
-        let mut blocks = Vec::new();
+        if !newest.is_empty() {
+            tracing::warn!(blocks = newest.len(), "index rebuilt from the headers of slots");
+        }
         let mut opening = 0;
         let mut entries = Vec::new();
-        {
-            let mut state = self.lock();
-            for (key, (slot, header)) in newest {
-                state.space.occupy(slot.at, &slot.geometry, slot.epoch, slot.order);
-                opening = opening.max((slot.epoch >> EPOCH_OPENING_SHIFT) as u32);
-                entries.push((key, encode_entry(&slot, &header.encode(&slot.geometry))));
-                blocks.push(StoredBlock { header, geometry: slot.geometry, order: slot.order });
+        for (key, (slot, header)) in newest {
+            self.lock().space.occupy(slot.at, &slot.geometry, slot.epoch, slot.order);
+            opening = opening.max((slot.epoch >> EPOCH_OPENING_SHIFT) as u32);
+            entries.push((key, encode_entry(&slot, &header.encode(&slot.geometry))));
+            found(StoredBlock { header, geometry: slot.geometry, order: slot.order });
+            if entries.len() == REBUILT_PER_BATCH {
+                self.index.put(&std::mem::take(&mut entries))?;
             }
         }
-        if !blocks.is_empty() {
-            tracing::warn!(blocks = blocks.len(), "index rebuilt from the headers of slots");
-        }
-        for some in entries.chunks(1024) {
-            self.index.put(some)?;
-        }
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = (blocks, 0);
+        self.index.put(&entries)?;
         Ok(opening)
     }
 
@@ -561,13 +541,27 @@ fn start_index_anew(
 
 impl DiskTier for SlotTier {
     fn load(
-        &self,
+        &mut self,
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let (blocks, corrupt) = std::mem::take(&mut *found);
-        blocks.into_iter().for_each(block);
+        let read = if self.index.is_complete()? {
+            self.read_index(block)
+        } else {
+            self.rebuild_index(block).map(|opening| (opening, 0))
+        };
+        let (opening, corrupt) = match read {
+            Err(error) if is_corrupt(&error) => {
+                let home = self.dir.join(FOLDER).join(INDEX_FOLDER);
+                self.index.close(); // Its lock file is the new one's to take.
+                self.index = start_index_anew(&home, self.media.clone(), &error)?;
+                self.open_files()?; // What the half-read index had occupied is free again.
+                (self.rebuild_index(block)?, 0)
+            }
+            other => other?,
+        };
+        let opening = self.index.begin(opening)?;
+        self.lock().next_epoch = u64::from(opening) << EPOCH_OPENING_SHIFT;
         Ok(corrupt + self.index.scan_records(conversation)?)
     }
 

@@ -8,7 +8,7 @@
 //!
 //! **Invariant:** a slot that a reader is in is never taken.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use kv_protocol::Geometry;
 
@@ -24,25 +24,25 @@ pub struct SlotId {
     pub slot: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Free,
-    Used,
-    Draining,
-    Bad,
+/// What is true of few slots at a time, beside what [`Epoch`] says of all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Visit {
+    readers: u32,
+    /// Released while readers were in it: free when the last leaves.
+    is_draining: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    epoch: u64,
-    readers: u32,
-    state: State,
-}
+/// Epoch of the write that a slot holds, and 0 for a free one: epochs begin at 1. A million slots take
+/// 8 MB.
+type Epoch = u64;
+const FREE: Epoch = 0;
+/// The medium failed there. No write gets so far.
+const BAD: Epoch = Epoch::MAX;
 
 #[derive(Debug)]
 struct FileSpace {
     geometry: Geometry,
-    slots: Vec<Slot>,
+    slots: Vec<Epoch>,
     free: usize,
     newest_order: u64,
 }
@@ -51,14 +51,18 @@ struct FileSpace {
 #[derive(Debug, Default)]
 pub struct Space {
     files: BTreeMap<u32, FileSpace>,
+    /// Slots that readers are in.
+    visits: HashMap<SlotId, Visit>,
+    /// Never given again: a reader of a removed file leaves no other's slot.
+    newest_file: u32,
 }
 
 impl Space {
     /// A file whose slots are all free.
     pub fn add_file(&mut self, file: u32, geometry: Geometry, slots: u32) {
-        let slot = Slot { epoch: 0, readers: 0, state: State::Free };
-        let slots = vec![slot; slots as usize];
+        let slots = vec![FREE; slots as usize];
         let free = slots.len();
+        self.newest_file = self.newest_file.max(file);
         self.files.insert(file, FileSpace { geometry, slots, free, newest_order: 0 });
     }
 
@@ -67,9 +71,9 @@ impl Space {
         self.files.remove(&file);
     }
 
-    /// A number that no file has.
+    /// A number that no file has or had.
     pub fn next_file(&self) -> u32 {
-        self.files.last_key_value().map_or(1, |(file, _)| file + 1)
+        self.newest_file + 1
     }
 
     /// Shape of a file's blocks.
@@ -88,15 +92,14 @@ impl Space {
         let next = after.map(|after| SlotId { slot: after.slot + 1, ..after });
         let next = next.filter(|next| {
             self.files.get(&next.file).is_some_and(|file| {
-                file.geometry == *geometry
-                    && file.slots.get(next.slot as usize).is_some_and(|s| s.state == State::Free)
+                file.geometry == *geometry && file.slots.get(next.slot as usize) == Some(&FREE)
             })
         });
         let at = next.or_else(|| self.begin_run(geometry))?;
         let file = self.files.get_mut(&at.file)?;
         file.free -= 1;
         file.newest_order = file.newest_order.max(order);
-        file.slots[at.slot as usize] = Slot { epoch, readers: 0, state: State::Used };
+        file.slots[at.slot as usize] = epoch;
         Some(at)
     }
 
@@ -106,9 +109,8 @@ impl Space {
             self.files.iter().filter(|(_, file)| file.geometry == *geometry && file.free > 0);
         let (number, file) = fitting.max_by_key(|(_, file)| file.free)?;
         let (mut longest, mut at) = (0..0, 0);
-        for run in file.slots.chunk_by(|a, b| (a.state == State::Free) == (b.state == State::Free))
-        {
-            if run[0].state == State::Free && run.len() > longest.len() {
+        for run in file.slots.chunk_by(|a, b| (*a == FREE) == (*b == FREE)) {
+            if run[0] == FREE && run.len() > longest.len() {
                 longest = at..at + run.len();
             }
             at += run.len();
@@ -126,55 +128,60 @@ impl Space {
             return false;
         };
         let Some(slot) = file.slots.get_mut(at.slot as usize) else { return false };
-        if slot.state != State::Free {
+        if *slot != FREE || matches!(epoch, FREE | BAD) {
             return false;
         }
-        *slot = Slot { epoch, readers: 0, state: State::Used };
+        *slot = epoch;
         file.free -= 1;
         file.newest_order = file.newest_order.max(order);
         true
     }
 
-    fn slot(&mut self, at: SlotId) -> Option<&mut Slot> {
+    fn slot(&mut self, at: SlotId) -> Option<&mut Epoch> {
         self.files.get_mut(&at.file)?.slots.get_mut(at.slot as usize)
+    }
+
+    fn holds(&mut self, at: SlotId, epoch: u64) -> bool {
+        let is_free = self.visits.get(&at).is_some_and(|visit| visit.is_draining);
+        !is_free && epoch != FREE && self.slot(at).is_some_and(|slot| *slot == epoch)
     }
 
     /// A reader enters; `false` if the slot is not of that write any more.
     pub fn begin_read(&mut self, at: SlotId, epoch: u64) -> bool {
-        match self.slot(at) {
-            Some(slot) if slot.state == State::Used && slot.epoch == epoch => {
-                slot.readers += 1;
-                true
-            }
-            _ => false,
+        let holds = self.holds(at, epoch);
+        if holds {
+            self.visits.entry(at).or_default().readers += 1;
         }
+        holds
     }
 
     /// The reader leaves.
     pub fn end_read(&mut self, at: SlotId) {
-        let Some(slot) = self.slot(at) else { return };
-        slot.readers -= 1;
-        if slot.readers == 0 && slot.state == State::Draining {
-            self.free(at);
+        let Some(visit) = self.visits.get_mut(&at) else { return };
+        visit.readers -= 1;
+        if visit.readers == 0 {
+            let is_draining = visit.is_draining;
+            self.visits.remove(&at);
+            if is_draining {
+                self.free(at);
+            }
         }
     }
 
     /// The slot's block is gone from the index.
     pub fn release(&mut self, at: SlotId, epoch: u64) {
-        let Some(slot) = self.slot(at) else { return };
-        if slot.state != State::Used || slot.epoch != epoch {
+        if !self.holds(at, epoch) {
             return; // Released before, and perhaps another's now.
         }
-        if slot.readers > 0 {
-            slot.state = State::Draining;
-        } else {
-            self.free(at);
+        match self.visits.get_mut(&at) {
+            Some(visit) => visit.is_draining = true,
+            None => self.free(at),
         }
     }
 
     fn free(&mut self, at: SlotId) {
         if let Some(file) = self.files.get_mut(&at.file) {
-            file.slots[at.slot as usize].state = State::Free;
+            file.slots[at.slot as usize] = FREE;
             file.free += 1;
         }
     }
@@ -182,26 +189,18 @@ impl Space {
     /// The medium failed there: the slot is not tried again.
     pub fn quarantine(&mut self, at: SlotId) {
         if let Some(slot) = self.slot(at) {
-            slot.state = State::Bad;
+            *slot = BAD;
         }
     }
 
     /// Releases what `is_held` does not know: slots whose write failed in an unknown way.
     pub fn release_all_but(&mut self, is_held: &dyn Fn(SlotId, u64) -> bool) {
-        let used: Vec<(SlotId, u64)> = self
-            .files
-            .iter()
-            .flat_map(|(file, space)| {
-                let used = |(_, slot): &(usize, &Slot)| slot.state == State::Used;
-                let id = |number: usize| SlotId { file: *file, slot: number as u32 };
-                space
-                    .slots
-                    .iter()
-                    .enumerate()
-                    .filter(used)
-                    .map(move |(n, slot)| (id(n), slot.epoch))
-            })
-            .collect();
+        let mut used = Vec::new();
+        for (file, space) in &self.files {
+            let slots = space.slots.iter().enumerate();
+            let held = slots.filter(|(_, epoch)| !matches!(**epoch, FREE | BAD));
+            used.extend(held.map(|(n, epoch)| (SlotId { file: *file, slot: n as u32 }, *epoch)));
+        }
         for (at, epoch) in used {
             if !is_held(at, epoch) {
                 self.release(at, epoch);
@@ -212,9 +211,11 @@ impl Space {
     /// The file of another geometry that loses the least: an empty one, else the one written longest
     /// ago. Files with readers are passed over.
     pub fn victim(&self, geometry: &Geometry) -> Option<u32> {
-        let quiet = |file: &FileSpace| file.slots.iter().all(|slot| slot.readers == 0);
-        let others =
-            self.files.iter().filter(|(_, file)| file.geometry != *geometry && quiet(file));
+        let is_quiet = |file| self.visits.keys().all(|at| at.file != file);
+        let others = self
+            .files
+            .iter()
+            .filter(|(number, file)| file.geometry != *geometry && is_quiet(**number));
         let loss =
             |file: &FileSpace| if file.free == file.slots.len() { 0 } else { file.newest_order };
         others.min_by_key(|(_, file)| loss(file)).map(|(number, _)| *number)
@@ -230,7 +231,7 @@ impl Space {
     #[cfg(test)]
     pub fn self_check(&self) {
         for file in self.files.values() {
-            let free = file.slots.iter().filter(|slot| slot.state == State::Free);
+            let free = file.slots.iter().filter(|epoch| **epoch == FREE);
             assert_eq!(free.count(), file.free);
         }
     }

@@ -289,12 +289,18 @@ fn read_shaped(tier: &SlotTier, geometry: &Geometry, key: &BlockKey) -> Option<T
 }
 
 fn open(drive: &Arc<Drive>, dir: &Path) -> SlotTier {
-    SlotTier::open_on(drive.clone(), dir, DISK_BYTES).unwrap()
+    open_loaded(drive, dir).0
 }
 
-fn loaded(tier: &SlotTier) -> HashSet<BlockKey> {
+fn open_loaded(drive: &Arc<Drive>, dir: &Path) -> (SlotTier, HashSet<BlockKey>) {
+    let mut tier = SlotTier::open_on(drive.clone(), dir, DISK_BYTES).unwrap();
+    let keys = load(&mut tier);
+    (tier, keys)
+}
+
+fn load(tier: &mut SlotTier) -> HashSet<BlockKey> {
     let mut keys = HashSet::new();
-    tier.load(&mut |block| assert!(keys.insert(block.header.key)), &mut |_| {}).unwrap();
+    tier.load(&mut |block| _ = keys.insert(block.header.key), &mut |_| {}).unwrap();
     keys
 }
 
@@ -314,12 +320,13 @@ fn blocks_and_records_survive_a_reopen_on_real_files() {
     let id = ConversationId([9; 32]);
     let blocks: Vec<_> = (0..5).map(block).collect();
     {
-        let tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+        let mut tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+        load(&mut tier);
         assert_eq!(write(&tier, &blocks, 1), [true; 5]);
         tier.put_conversation(&id, 7, b"record").unwrap();
     }
-    let tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
-    assert_eq!(loaded(&tier), blocks.iter().map(|block| block.header.key).collect());
+    let mut tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+    assert_eq!(load(&mut tier), blocks.iter().map(|block| block.header.key).collect());
     for block in &blocks {
         assert_eq!(read(&tier, &block.header.key).as_ref(), Some(block));
     }
@@ -338,8 +345,8 @@ fn a_lost_or_corrupt_index_is_made_again_and_the_newest_write_wins() {
     }
     lose_index(dir.path());
     {
-        let tier = open(&drive, dir.path());
-        assert_eq!(loaded(&tier).len(), 2);
+        let (tier, keys) = open_loaded(&drive, dir.path());
+        assert_eq!(keys.len(), 2);
         assert_eq!(read(&tier, &new.header.key), Some(new.clone()));
         assert_eq!(read(&tier, &block(2).header.key), Some(block(2)));
     }
@@ -358,12 +365,13 @@ fn a_lost_or_corrupt_index_is_made_again_and_the_newest_write_wins() {
 fn a_store_of_an_unknown_version_is_set_aside_whole() {
     let dir = tempfile::tempdir().unwrap();
     {
-        let tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+        let mut tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+        load(&mut tier);
         assert_eq!(write(&tier, &[block(1)], 1), [true]);
     }
     std::fs::write(dir.path().join(FOLDER).join(FORMAT_FILE), "77\n").unwrap();
-    let tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
-    assert!(loaded(&tier).is_empty());
+    let mut tier = SlotTier::open(dir.path(), 64 << 20).unwrap();
+    assert!(load(&mut tier).is_empty());
     assert_eq!(write(&tier, &[block(1)], 1), [true]);
     let aside = dir.path().join("slots.version-77-1");
     assert!(aside.join("index").exists());
@@ -575,12 +583,12 @@ fn a_last_file_of_fewer_slots_takes_what_the_budget_has_left() {
     assert_eq!(write(&tier, &[block(fitting)], u64::from(fitting)), [false]);
     assert!(drive.bytes() <= budget);
     drop(tier);
-    let tier = open(&drive, dir.path());
-    assert_eq!(loaded(&tier), keys);
+    let (tier, found) = open_loaded(&drive, dir.path());
+    assert_eq!(found, keys);
     drop(tier);
     lose_index(dir.path());
-    let tier = open(&drive, dir.path());
-    assert_eq!(loaded(&tier), keys);
+    let (tier, found) = open_loaded(&drive, dir.path());
+    assert_eq!(found, keys);
     for block in &blocks {
         assert_eq!(read(&tier, &block.header.key).as_ref(), Some(block));
     }
@@ -687,8 +695,8 @@ proptest! {
                         lose_index(dir.path());
                         maybe.extend((0..40).filter(|number| !present.contains(number)));
                     }
-                    tier = open(&drive, dir.path());
-                    let keys = loaded(&tier);
+                    let keys;
+                    (tier, keys) = open_loaded(&drive, dir.path());
                     for number in &present {
                         prop_assert!(keys.contains(&block(u32::from(*number)).header.key));
                     }
