@@ -12,7 +12,7 @@ CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime bench-disk bench-hints bench-hit-rate fmt weights tools prepare
+.PHONY: help demo demo-local demo-down test build cluster-up cluster-down generate golden crash bench-runtime bench-disk bench-hints bench-hit-rate bench-index fmt weights tools prepare
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-hints: build ## What hints, lookups and credits cost an engine step, all c
 
 bench-hit-rate: build ## Hit rates of the policies on generated traces, in the paper's settings and others
 	@$(BIN)/bench_hit_rate
+
+bench-index: build ## What a block on disk costs in memory, and how soon a restarted daemon knows it
+	@$(BIN)/bench_index
 
 bench-disk: build ## The disk tier's engines against fio and one file per block
 	@command -v fio >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq fio >/dev/null; }
