@@ -23,6 +23,7 @@ use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, Ro
 
 use crate::key_map::KeyState;
 use crate::policy::{Known, QueueTicket};
+use crate::tier::disk::StoredBlock;
 
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
 const GONE_MAX: usize = 1 << 16;
@@ -80,7 +81,7 @@ pub struct Description {
     pub parent: BlockKey,
     /// In common with others.
     pub label: Label,
-    /// Ids of its tokens.
+    /// Ids of its tokens; of a full block that was found on disk only the first.
     pub tokens: Arc<[u32]>,
     /// Whether all token places are taken.
     pub is_full: bool,
@@ -92,6 +93,17 @@ impl Description {
         let BlockHeader { parent, root, variant, numerics, .. } = *header;
         let label = Label { root, variant, numerics, disk_bytes };
         Self { parent, label, tokens: header.tokens.as_slice().into(), is_full }
+    }
+
+    /// Of a block that was found on disk.
+    pub fn of_stored(block: StoredBlock) -> Self {
+        let StoredBlock { parent, root, variant, numerics, tokens, is_full, bytes, .. } = block;
+        Self {
+            parent,
+            label: Label { root, variant, numerics, disk_bytes: bytes },
+            tokens,
+            is_full,
+        }
     }
 }
 

@@ -649,10 +649,9 @@ impl Store {
 
     /// Blocks that the disk tier's index names: they may be looked up from now on.
     pub(crate) fn found_on_disk(&mut self, blocks: Vec<StoredBlock>) {
-        for StoredBlock { header, geometry, order } in blocks {
-            let bytes = self.transfers.engine.block_bytes(&geometry);
-            let description = Description::of(&header, header.is_full(&geometry), bytes);
-            let key = header.key;
+        for block in blocks {
+            let StoredBlock { key, created_ms, order, bytes, .. } = block;
+            let description = Description::of_stored(block);
             self.transfers.next_order = self.transfers.next_order.max(order + 1);
             let label = self.directory.get(&key).map(|known| *self.directory.label(known));
             match self.directory.get_mut(&key) {
@@ -664,7 +663,7 @@ impl Store {
                     continue;
                 }
                 None => {
-                    self.directory.load(key, &description, header.created_ms);
+                    self.directory.load(key, &description, created_ms);
                 }
             }
             self.transfers.count_stored(bytes);

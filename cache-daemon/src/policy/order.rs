@@ -35,15 +35,30 @@ impl Seat {
     }
 }
 
+/// A block's rank and residence, in two words.
 #[derive(Debug, Clone, Copy)]
 struct Slot {
-    rank: Rank,
+    class_and_order: u64,
+    depth: u32,
     residence: Residence,
 }
 
+const _: () = assert!(size_of::<Slot>() == 16, "there is one for each block of a tier");
+
 impl Slot {
-    fn seat(&self, id: EntryId) -> Option<Seat> {
-        (self.residence == Residence::Free).then(|| Seat::new(self.rank, id))
+    const ABSENT: Self = Self { class_and_order: 0, depth: 0, residence: Residence::Absent };
+
+    fn new(rank: Rank, residence: Residence) -> Self {
+        Self { class_and_order: rank.class_and_order, depth: rank.from_end.0, residence }
+    }
+
+    fn rank(self) -> Rank {
+        let Self { class_and_order, depth, .. } = self;
+        Rank { class_and_order, from_end: std::cmp::Reverse(depth) }
+    }
+
+    fn seat(self, id: EntryId) -> Option<Seat> {
+        (self.residence == Residence::Free).then(|| Seat::new(self.rank(), id))
     }
 }
 
@@ -75,8 +90,7 @@ impl Order {
     }
 
     fn slot(&self, id: EntryId) -> Slot {
-        let absent = Slot { rank: Rank::new(0, 0, 0), residence: Residence::Absent };
-        self.slots.get(id.0 as usize).copied().unwrap_or(absent)
+        self.slots.get(id.0 as usize).copied().unwrap_or(Slot::ABSENT)
     }
 
     /// Which rank a block has, or would have.
@@ -85,7 +99,7 @@ impl Order {
         match self.policy {
             PolicyKind::LookAhead => lookahead::rank(known),
             PolicyKind::Lru => lru::rank(known),
-            PolicyKind::Fifo if slot.residence != Residence::Absent => slot.rank,
+            PolicyKind::Fifo if slot.residence != Residence::Absent => slot.rank(),
             PolicyKind::Fifo => fifo::rank(known),
             PolicyKind::S3Fifo => self.s3.rank(id),
         }
@@ -96,9 +110,9 @@ impl Order {
         let old = self.slot(id);
         let new = match known.filter(|_| here != Residence::Absent) {
             Some(known) if self.policy == PolicyKind::S3Fifo => {
-                Slot { rank: self.s3.see(id, key, known), residence: here }
+                Slot::new(self.s3.see(id, key, known), here)
             }
-            Some(known) => Slot { rank: self.rank(id, known), residence: here },
+            Some(known) => Slot::new(self.rank(id, known), here),
             None if old.residence == Residence::Absent => return,
             None => {
                 self.s3.leave(id, key);
@@ -116,7 +130,7 @@ impl Order {
         }
         let place = id.0 as usize;
         if place >= self.slots.len() {
-            self.slots.resize(place + 1, Slot { residence: Residence::Absent, ..new });
+            self.slots.resize(place + 1, Slot::ABSENT);
         }
         self.slots[place] = new;
     }
@@ -140,7 +154,7 @@ impl Order {
                 .flatten();
             let Some(rank) = stays else { return Some(victim) };
             let old = self.slot(victim.id);
-            self.replace(victim.id, old, Slot { rank, ..old });
+            self.replace(victim.id, old, Slot::new(rank, old.residence));
         }
     }
 

@@ -41,7 +41,7 @@ const GROUP_BLOCKS: usize = 1024;
 const LOOKUPS: usize = 2_000;
 const HOST_BYTES: u64 = 256 << 20;
 /// Waits end in an error after this.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// Measures the index of a full disk tier.
 #[derive(Debug, Parser)]

@@ -22,7 +22,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use kv_protocol::message::FrameHandle;
 use kv_protocol::table::FrameTable;
 use kv_protocol::{
-    BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason, RootKey,
+    BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason,
+    NumericsTag, RootKey, Variant,
 };
 
 /// Threads that read: 8 MB in flight with blocks of a megabyte, which keeps a drive busy.
@@ -127,15 +128,40 @@ pub struct NewBlock<'a> {
     pub fill: &'a (dyn Fn(&mut [u8]) -> bool + Sync),
 }
 
-/// A block that a restarted worker finds on disk.
-#[derive(Debug)]
+/// A block that a restarted worker finds on disk: what the directory needs of its header.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredBlock {
-    /// Its checked header.
-    pub header: BlockHeader,
-    /// Its shape.
-    pub geometry: Geometry,
+    /// Name.
+    pub key: BlockKey,
+    /// The full block before, or the root.
+    pub parent: BlockKey,
+    /// Model and tenant.
+    pub root: RootKey,
+    /// How it was computed.
+    pub variant: Variant,
+    /// With which arithmetic.
+    pub numerics: NumericsTag,
+    /// Unix milliseconds.
+    pub created_ms: u64,
+    /// Ids of a partial block's tokens; of a full block only the first.
+    pub tokens: Arc<[u32]>,
+    /// Whether all token places are taken.
+    pub is_full: bool,
+    /// What it takes.
+    pub bytes: u64,
     /// Of its write.
     pub order: u64,
+}
+
+impl StoredBlock {
+    /// Of a block that takes `bytes`.
+    pub fn new(header: &BlockHeader, geometry: &Geometry, bytes: u64, order: u64) -> Self {
+        let BlockHeader { key, parent, root, variant, numerics, created_ms, .. } = *header;
+        let is_full = header.is_full(geometry);
+        let known = if is_full { 1 } else { header.tokens.len() };
+        let tokens = header.tokens[..known].into();
+        Self { key, parent, root, variant, numerics, created_ms, tokens, is_full, bytes, order }
+    }
 }
 
 /// A conversation record that a restarted worker finds on disk.

@@ -16,7 +16,7 @@ use rocksdb::{
 };
 
 use super::{
-    DiskError, DiskTier, DiskUsage, NewBlock, StoredBlock, StoredConversation, WriteFailure,
+    DiskError, DiskTier, DiskUsage, Engine, NewBlock, StoredBlock, StoredConversation, WriteFailure,
 };
 
 const INDEX: &str = "index";
@@ -135,7 +135,8 @@ fn decode_entry(key: &[u8], entry: &[u8]) -> Option<StoredBlock> {
     let order = u64::from_le_bytes(fixed[8..16].try_into().ok()?);
     let geometry = Geometry::decode(fixed[16..].try_into().ok()?).ok()?;
     let header = BlockHeader::decode(header, &geometry).ok()?;
-    (header.key.0 == key).then_some(StoredBlock { header, geometry, order })
+    let bytes = Engine::BlobDb.block_bytes(&geometry);
+    (header.key.0 == key).then(|| StoredBlock::new(&header, &geometry, bytes, order))
 }
 
 /// Bytes of a conversation record, in this store and in the slots' index.
@@ -331,7 +332,7 @@ mod tests {
         let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
         let (blocks, corrupt) = load(&mut tier);
         assert_eq!((blocks.len(), corrupt), (1, 0));
-        assert_eq!((&blocks[0].header, blocks[0].order), (&header, 5));
+        assert_eq!((blocks[0].key, blocks[0].order), (header.key, 5));
         let mut bytes = Vec::new();
         assert!(tier.read(&header.key, &mut |value| bytes = value.to_vec()).unwrap());
         let (_, payload) = bytes.split_at(BlockHeader::bytes(&geometry()));
@@ -359,7 +360,7 @@ mod tests {
         tier.db.put_cf(tier.family(INDEX), torn.key.0, &entry[..entry.len() / 2]).unwrap();
         let (blocks, corrupt) = load(&mut tier);
         assert_eq!((blocks.len(), corrupt), (1, 1));
-        assert_eq!(blocks[0].header.key, good.key);
+        assert_eq!(blocks[0].key, good.key);
     }
 
     #[test]

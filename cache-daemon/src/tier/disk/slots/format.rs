@@ -3,21 +3,37 @@
 //! Nothing here trusts what it reads: a wrong magic, version, checksum or count is `None`.
 
 use kv_protocol::geometry::GEOMETRY_BYTES;
-use kv_protocol::{BlockHeader, Geometry};
+use kv_protocol::variant::{NUMERICS_BYTES, VARIANT_BYTES};
+use kv_protocol::{BlockHeader, BlockKey, Geometry, NumericsTag, RootKey, Variant};
 
 use super::space::SlotId;
+use crate::tier::disk::StoredBlock;
 
 /// Unit of O_DIRECT, of slots, and of the header page.
 pub const PAGE_BYTES: usize = 4096;
-/// Version of slots, slot files and index, newest first:
+/// Version of slots and slot files, newest first:
 /// 1: first slot files (the BlobDB store before them has no version of its own).
 pub const FORMAT_VERSION: u32 = 1;
+/// Version of the index's entries, newest first; those of the version before are read as well. Whoever
+/// does not know it makes the index again from the slots.
+/// 2: what the directory needs to know, a third of the bytes.
+/// 1: the block's whole header.
+pub const INDEX_VERSION: u32 = 2;
 
 const FILE_MAGIC: u64 = u64::from_le_bytes(*b"COLQFILE");
 const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"COLQSLOT");
-/// Fields before the block header of an index entry: version u32 ‖ file u32 ‖ slot u32 ‖ reserved u32 ‖
-/// epoch u64 ‖ order u64 ‖ geometry 64.
-const ENTRY_FIXED_BYTES: usize = 32 + GEOMETRY_BYTES;
+/// Fields of an entry of version 1, before the block header: version u32 ‖ file u32 ‖ slot u32 ‖ reserved
+/// u32 ‖ epoch u64 ‖ order u64 ‖ geometry 64.
+const ENTRY_1_FIXED_BYTES: usize = 32 + GEOMETRY_BYTES;
+
+// Fields of an entry, docs/disk-format.md, "Index".
+const AT_ENTRY_CRC: usize = 4;
+const AT_ENTRY_TOKENS_HELD: usize = 48;
+const AT_ENTRY_PARENT: usize = 56;
+const AT_ENTRY_ROOT: usize = AT_ENTRY_PARENT + 32;
+const AT_ENTRY_VARIANT: usize = AT_ENTRY_ROOT + 32;
+const AT_ENTRY_NUMERICS: usize = AT_ENTRY_VARIANT + VARIANT_BYTES;
+const AT_ENTRY_TOKENS: usize = AT_ENTRY_NUMERICS + NUMERICS_BYTES;
 /// Fields of a slot's header page, before the gap and the block header.
 const SLOT_FIXED_BYTES: usize = 48 + GEOMETRY_BYTES;
 /// Largest block header of any geometry: 192 + 4 · 256 tokens + 4 · 256 rows.
@@ -83,6 +99,11 @@ pub struct SlotHeader {
 }
 
 impl SlotHeader {
+    /// A block in this slot, as the directory needs to know it.
+    pub fn stored(&self, header: &BlockHeader) -> StoredBlock {
+        StoredBlock::new(header, &self.geometry, slot_bytes(&self.geometry), self.order)
+    }
+
     /// Writes the header page; `block` ends where the payload begins, so that both are one span.
     pub fn encode(&self, block: &[u8], page: &mut [u8]) {
         assert!(block.len() <= BLOCK_HEADER_BYTES_MAX, "a block header fits beside the fields");
@@ -117,37 +138,105 @@ impl SlotHeader {
 /// What the index has under a block's key.
 #[derive(Debug)]
 pub struct Entry {
-    /// Where the block is, and of which write.
-    pub slot: SlotHeader,
-    /// Of the block.
-    pub header: BlockHeader,
+    /// Where the block is.
+    pub at: SlotId,
+    /// Of its write.
+    pub epoch: u64,
+    /// What the directory needs to know.
+    pub block: StoredBlock,
 }
 
-/// Bytes of an entry; `block` is the encoded block header.
-pub fn encode_entry(slot: &SlotHeader, block: &[u8]) -> Vec<u8> {
-    let mut entry = Vec::with_capacity(ENTRY_FIXED_BYTES + block.len());
-    entry.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+/// Bytes of an entry.
+pub fn encode_entry(slot: &SlotHeader, header: &BlockHeader) -> Vec<u8> {
+    let block = slot.stored(header);
+    let mut entry = Vec::with_capacity(AT_ENTRY_TOKENS + 4 * block.tokens.len());
+    entry.extend_from_slice(&INDEX_VERSION.to_le_bytes());
+    entry.extend_from_slice(&[0; 4]); // CRC
     entry.extend_from_slice(&slot.at.file.to_le_bytes());
     entry.extend_from_slice(&slot.at.slot.to_le_bytes());
-    entry.extend_from_slice(&[0; 4]);
     entry.extend_from_slice(&slot.epoch.to_le_bytes());
     entry.extend_from_slice(&slot.order.to_le_bytes());
-    entry.extend_from_slice(&slot.geometry.encode());
-    entry.extend_from_slice(block);
+    entry.extend_from_slice(&block.created_ms.to_le_bytes());
+    entry.extend_from_slice(&block.bytes.to_le_bytes());
+    entry.extend_from_slice(&(header.tokens.len() as u32).to_le_bytes());
+    entry.extend_from_slice(&u32::from(block.is_full).to_le_bytes());
+    entry.extend_from_slice(&block.parent.0);
+    entry.extend_from_slice(&block.root.0);
+    entry.extend_from_slice(&block.variant.encode());
+    entry.extend_from_slice(&block.numerics.0);
+    entry.extend(block.tokens.iter().flat_map(|token| token.to_le_bytes()));
+    let crc = entry_crc(&header.key.0, &entry);
+    put(&mut entry, AT_ENTRY_CRC, &crc.to_le_bytes());
     entry
 }
 
-/// `None` for whatever is not an entry of this version under its own key, whole and right.
+fn entry_crc(key: &[u8], entry: &[u8]) -> u32 {
+    let before = crc32c::crc32c_append(crc32c::crc32c(key), &entry[..AT_ENTRY_CRC]);
+    crc32c::crc32c_append(before, &entry[AT_ENTRY_CRC + 4..])
+}
+
+/// `None` for whatever is not an entry of a known version under its own key, whole and right.
 pub fn decode_entry(key: &[u8], entry: &[u8]) -> Option<Entry> {
-    let (fixed, block) = entry.split_at_checked(ENTRY_FIXED_BYTES)?;
-    if u32_at(fixed, 0) != FORMAT_VERSION {
+    let version = entry.get(..4)?;
+    match u32_at(version, 0) {
+        INDEX_VERSION => decode_entry_2(key, entry),
+        1 => decode_entry_1(key, entry),
+        _ => None,
+    }
+}
+
+fn decode_entry_2(key: &[u8], entry: &[u8]) -> Option<Entry> {
+    let tokens = entry.get(AT_ENTRY_TOKENS..)?;
+    if u32_at(entry, AT_ENTRY_CRC) != entry_crc(key, entry) {
         return None;
     }
-    let geometry = Geometry::decode(fixed[32..].try_into().ok()?).ok()?;
+    let is_full = match u32_at(entry, AT_ENTRY_TOKENS_HELD + 4) {
+        0 => false,
+        1 => true,
+        _ => return None,
+    };
+    let named = if is_full { 1 } else { u32_at(entry, AT_ENTRY_TOKENS_HELD) as usize };
+    if tokens.len() % 4 != 0 || tokens.len() / 4 != named {
+        return None;
+    }
+    let block = StoredBlock {
+        key: BlockKey(key.try_into().ok()?),
+        parent: BlockKey(array_at(entry, AT_ENTRY_PARENT)),
+        root: RootKey(array_at(entry, AT_ENTRY_ROOT)),
+        variant: Variant::decode(&array_at(entry, AT_ENTRY_VARIANT)).ok()?,
+        numerics: NumericsTag(array_at(entry, AT_ENTRY_NUMERICS)),
+        created_ms: u64_at(entry, 32),
+        tokens: tokens.chunks_exact(4).map(|token| u32_at(token, 0)).collect(),
+        is_full,
+        bytes: u64_at(entry, 40),
+        order: u64_at(entry, 24),
+    };
+    let at = SlotId { file: u32_at(entry, 8), slot: u32_at(entry, 12) };
+    Some(Entry { at, epoch: u64_at(entry, 16), block })
+}
+
+fn decode_entry_1(key: &[u8], entry: &[u8]) -> Option<Entry> {
+    let (fixed, block) = entry.split_at_checked(ENTRY_1_FIXED_BYTES)?;
+    let geometry = Geometry::decode(&array_at(fixed, 32)).ok()?;
     let header = BlockHeader::decode(block, &geometry).ok()?;
     let at = SlotId { file: u32_at(fixed, 4), slot: u32_at(fixed, 8) };
     let slot = SlotHeader { at, epoch: u64_at(fixed, 16), order: u64_at(fixed, 24), geometry };
-    (header.key.0 == key).then_some(Entry { slot, header })
+    let block = slot.stored(&header);
+    (header.key.0 == key).then_some(Entry { at, epoch: slot.epoch, block })
+}
+
+/// An entry as version 1 wrote it.
+#[cfg(test)]
+pub fn encode_entry_1(slot: &SlotHeader, header: &BlockHeader) -> Vec<u8> {
+    let mut entry = Vec::new();
+    for word in [1, slot.at.file, slot.at.slot, 0] {
+        entry.extend_from_slice(&word.to_le_bytes());
+    }
+    entry.extend_from_slice(&slot.epoch.to_le_bytes());
+    entry.extend_from_slice(&slot.order.to_le_bytes());
+    entry.extend_from_slice(&slot.geometry.encode());
+    entry.extend_from_slice(&header.encode(&slot.geometry));
+    entry
 }
 
 /// The CRC32C at 12 covers the rest of the page.
@@ -172,10 +261,14 @@ fn put(page: &mut [u8], at: usize, value: &[u8]) {
     page[at..at + value.len()].copy_from_slice(value);
 }
 
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    std::array::from_fn(|byte| bytes[at + byte])
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
+    u32::from_le_bytes(array_at(bytes, at))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
+    u64::from_le_bytes(array_at(bytes, at))
 }

@@ -32,7 +32,9 @@ use kv_protocol::{BlockKey, ConversationId, Geometry};
 
 use self::buffers::Buffers;
 pub use self::format::slot_bytes;
-use self::format::{FORMAT_VERSION, FileHeader, PAGE_BYTES, SlotHeader, encode_entry, slot_at};
+use self::format::{
+    Entry, FORMAT_VERSION, FileHeader, PAGE_BYTES, SlotHeader, encode_entry, slot_at,
+};
 use self::index::{Index, is_corrupt};
 use self::media::{Folder, Media, SlotFile};
 use self::space::{SlotId, Space};
@@ -165,13 +167,14 @@ impl SlotTier {
     fn read_index(&self, found: &mut dyn FnMut(StoredBlock)) -> Result<(u32, u64), DiskError> {
         let mut opening = 0;
         let mut impossible: Vec<Box<[u8]>> = Vec::new();
-        let mut wrong = self.index.scan(&mut |entry| {
-            let SlotHeader { at, epoch, order, geometry } = entry.slot;
-            if self.lock().space.occupy(at, &geometry, epoch, order) {
+        let mut wrong = self.index.scan(&mut |Entry { at, epoch, block }| {
+            let mut state = self.lock();
+            if state.space.occupy(at, block.bytes, epoch, block.order) {
+                drop(state);
                 opening = opening.max((epoch >> EPOCH_OPENING_SHIFT) as u32);
-                found(StoredBlock { header: entry.header, geometry, order });
+                found(block);
             } else {
-                impossible.push(Box::from(entry.header.key.0)); // Two in one slot, or none there.
+                impossible.push(Box::from(block.key.0)); // Two in one slot, or none there.
             }
         })?;
         wrong.extend(impossible);
@@ -214,10 +217,11 @@ impl SlotTier {
         let mut opening = 0;
         let mut entries = Vec::new();
         for (key, (slot, header)) in newest {
-            self.lock().space.occupy(slot.at, &slot.geometry, slot.epoch, slot.order);
+            let block = slot.stored(&header);
+            self.lock().space.occupy(slot.at, block.bytes, slot.epoch, slot.order);
             opening = opening.max((slot.epoch >> EPOCH_OPENING_SHIFT) as u32);
-            entries.push((key, encode_entry(&slot, &header.encode(&slot.geometry))));
-            found(StoredBlock { header, geometry: slot.geometry, order: slot.order });
+            entries.push((key, encode_entry(&slot, &header)));
+            found(block);
             if entries.len() == REBUILT_PER_BATCH {
                 self.index.put(&std::mem::take(&mut entries))?;
             }
@@ -301,8 +305,8 @@ impl SlotTier {
     fn drop_file(&self, number: u32) -> Result<(), DiskError> {
         let mut keys = Vec::new();
         self.index.scan(&mut |entry| {
-            if entry.slot.at.file == number {
-                keys.push(entry.header.key);
+            if entry.at.file == number {
+                keys.push(entry.block.key);
             }
         })?;
         tracing::info!(file = number, blocks = keys.len(), "slot file given to another geometry");
@@ -349,7 +353,7 @@ impl SlotTier {
                 let parent = &block.header.parent;
                 let after = match taken.get(parent) {
                     Some(at) => Some(*at),
-                    None => self.index.get(parent)?.map(|entry| entry.slot.at),
+                    None => self.index.get(parent)?.map(|entry| entry.at),
                 };
                 let place = self.take(block, after)?;
                 taken.insert(block.header.key, place.slot.at);
@@ -406,11 +410,10 @@ impl SlotTier {
             let Ok(place) = &places[number] else { continue };
             let header = blocks[number].header;
             match self.index.get(&header.key) {
-                Ok(old) => replaced.extend(old.map(|entry| entry.slot)),
+                Ok(old) => replaced.extend(old),
                 Err(error) => failed = Some(error),
             }
-            let entry = encode_entry(&place.slot, &header.encode(blocks[number].geometry));
-            entries.push((header.key, entry));
+            entries.push((header.key, encode_entry(&place.slot, header)));
         }
         if failed.is_none() && !entries.is_empty() {
             failed = self.index.put(&entries).err();
@@ -424,8 +427,8 @@ impl SlotTier {
             return results;
         }
         let mut state = self.lock();
-        for slot in replaced {
-            state.space.release(slot.at, slot.epoch);
+        for entry in replaced {
+            state.space.release(entry.at, entry.epoch);
         }
         for (number, place) in places.iter().enumerate() {
             if let (Ok(place), Err(_)) = (place, &results[number]) {
@@ -436,14 +439,14 @@ impl SlotTier {
     }
 
     fn remove_now(&self, keys: &[BlockKey]) -> Result<(), DiskError> {
-        let mut slots = Vec::new();
+        let mut entries = Vec::new();
         for key in keys {
-            slots.extend(self.index.get(key)?.map(|entry| entry.slot));
+            entries.extend(self.index.get(key)?);
         }
         self.index.remove(keys)?;
         let mut state = self.lock();
-        for slot in slots {
-            state.space.release(slot.at, slot.epoch);
+        for entry in entries {
+            state.space.release(entry.at, entry.epoch);
         }
         Ok(())
     }
@@ -570,14 +573,15 @@ impl DiskTier for SlotTier {
     }
 
     fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
-        let Some(entry) = self.index.get(key)? else { return Ok(false) };
-        let slot = entry.slot;
-        let file = {
+        let Some(Entry { at, epoch, block }) = self.index.get(key)? else { return Ok(false) };
+        let (slot, file) = {
             let mut state = self.lock();
-            if !state.space.begin_read(slot.at, slot.epoch) {
+            let Some(geometry) = state.space.geometry(at.file).copied() else { return Ok(false) };
+            if !state.space.begin_read(at, epoch) {
                 return Ok(false); // Removed since the index was asked.
             }
-            state.files[&slot.at.file].0.clone()
+            let slot = SlotHeader { at, epoch, order: block.order, geometry };
+            (slot, state.files[&at.file].0.clone())
         };
         let read = self.read_slot(&slot, &*file, sink);
         self.lock().space.end_read(slot.at);
@@ -641,7 +645,7 @@ impl DiskTier for SlotTier {
         drop(unremoved);
         let mut held = std::collections::HashSet::new();
         self.index.scan(&mut |entry| {
-            held.insert((entry.slot.at, entry.slot.epoch));
+            held.insert((entry.at, entry.epoch));
         })?;
         let mut state = self.lock();
         state.next_epoch = u64::from(opening) << EPOCH_OPENING_SHIFT; // A count may have run out.

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use kv_protocol::Geometry;
 
+use super::format::slot_bytes;
+
 /// A new run leaves this many slots to whoever ends before it, so that both can grow in place.
 const RUN_GAP_SLOTS: usize = 16;
 
@@ -121,12 +123,12 @@ impl Space {
         Some(SlotId { file: *number, slot: (longest.start + gap) as u32 })
     }
 
-    /// A slot that the index says is in use; `false` if that cannot be.
-    pub fn occupy(&mut self, at: SlotId, geometry: &Geometry, epoch: u64, order: u64) -> bool {
-        let Some(file) = self.files.get_mut(&at.file).filter(|file| file.geometry == *geometry)
-        else {
+    /// A slot of that size which the index says is in use; `false` if that cannot be.
+    pub fn occupy(&mut self, at: SlotId, bytes: u64, epoch: u64, order: u64) -> bool {
+        let Some(file) = self.files.get_mut(&at.file) else { return false };
+        if slot_bytes(&file.geometry) != bytes {
             return false;
-        };
+        }
         let Some(slot) = file.slots.get_mut(at.slot as usize) else { return false };
         if *slot != FREE || matches!(epoch, FREE | BAD) {
             return false;

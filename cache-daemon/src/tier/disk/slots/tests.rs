@@ -300,7 +300,7 @@ fn open_loaded(drive: &Arc<Drive>, dir: &Path) -> (SlotTier, HashSet<BlockKey>) 
 
 fn load(tier: &mut SlotTier) -> HashSet<BlockKey> {
     let mut keys = HashSet::new();
-    tier.load(&mut |block| _ = keys.insert(block.header.key), &mut |_| {}).unwrap();
+    tier.load(&mut |block| _ = keys.insert(block.key), &mut |_| {}).unwrap();
     keys
 }
 
@@ -362,6 +362,38 @@ fn a_lost_or_corrupt_index_is_made_again_and_the_newest_write_wins() {
 }
 
 #[test]
+fn an_index_of_the_version_before_is_read_and_one_of_a_version_after_is_made_again() {
+    let (dir, drive) = (home(), Arc::new(Drive::default()));
+    let blocks: Vec<_> = (0..3).map(block).collect();
+    {
+        let tier = open(&drive, dir.path());
+        assert_eq!(write(&tier, &blocks, 1), [true; 3]);
+        let entry = |block: &TestBlock| {
+            let Entry { at, epoch, block: stored } = tier.index.get(&block.header.key)?.unwrap();
+            let slot = SlotHeader { at, epoch, order: stored.order, geometry: geometry() };
+            Ok::<_, DiskError>((block.header.key, format::encode_entry_1(&slot, &block.header)))
+        };
+        let entries: Vec<_> = blocks.iter().map(|block| entry(block).unwrap()).collect();
+        tier.index.put(&entries).unwrap();
+        tier.index.set_version(1).unwrap();
+    }
+    {
+        let (tier, keys) = open_loaded(&drive, dir.path());
+        assert_eq!(keys.len(), 3);
+        for block in &blocks {
+            assert_eq!(read(&tier, &block.header.key).as_ref(), Some(block));
+        }
+        let unreadable: Vec<_> =
+            blocks.iter().map(|block| (block.header.key, b"newer".to_vec())).collect();
+        tier.index.put(&unreadable).unwrap();
+        tier.index.set_version(3).unwrap();
+    }
+    let (tier, keys) = open_loaded(&drive, dir.path());
+    assert_eq!(keys.len(), 3);
+    assert_eq!(read(&tier, &blocks[1].header.key).as_ref(), Some(&blocks[1]));
+}
+
+#[test]
 fn a_store_of_an_unknown_version_is_set_aside_whole() {
     let dir = tempfile::tempdir().unwrap();
     {
@@ -407,11 +439,11 @@ fn an_overwrite_that_got_lost_is_told_by_the_epoch() {
     let key = old.header.key;
     let tier = open(&drive, dir.path());
     assert_eq!(write(&tier, &[old], 1), [true]);
-    let before = tier.index.get(&key).unwrap().unwrap().slot.at;
+    let before = tier.index.get(&key).unwrap().unwrap().at;
     tier.remove(&[key]).unwrap();
     drive.faults.loses_writes.store(true, Ordering::Relaxed);
     assert_eq!(write(&tier, &[new], 2), [true]);
-    assert_eq!(tier.index.get(&key).unwrap().unwrap().slot.at, before, "the same slot");
+    assert_eq!(tier.index.get(&key).unwrap().unwrap().at, before, "the same slot");
     assert_eq!(read(&tier, &key), None);
 }
 
@@ -607,7 +639,7 @@ fn a_conversations_blocks_take_neighbouring_slots() {
         next.header.key = BlockKey::child(&parent, &next.header.tokens);
         parent = next.header.key;
         assert_eq!(write(&tier, &[next], 1), [true]);
-        at.push(tier.index.get(&parent).unwrap().unwrap().slot.at);
+        at.push(tier.index.get(&parent).unwrap().unwrap().at);
     }
     assert_eq!((at[1].file, at[1].slot), (at[0].file, at[0].slot + 1));
 }
