@@ -64,7 +64,8 @@ impl Reading<'_> {
 }
 
 fn open_database(dir: &Path) -> Result<DB, rocksdb::Error> {
-    let options = database_options(WAL_BYTES_MAX);
+    let mut options = database_options(WAL_BYTES_MAX);
+    options.set_db_write_buffer_size(2 * WRITE_BUFFER_BYTES);
     let mut tables = BlockBasedOptions::default();
     tables.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
     tables.set_cache_index_and_filter_blocks(true);
