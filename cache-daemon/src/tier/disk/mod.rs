@@ -601,8 +601,9 @@ fn write_blocks(tier: &dyn DiskTier, jobs: &[WriteJob]) -> Vec<Result<(), WriteF
     };
     let headers: Vec<Option<BlockHeader>> = jobs.iter().map(header).collect();
     let fill = |(job, header): (&'_ WriteJob, &'_ BlockHeader), payload: &mut [u8]| {
-        job.table.copy_out(job.handle.frame, 0, payload);
-        rows_are_right(header, job.table.geometry(), payload)
+        copy_rows(header, job.table.geometry(), payload, |at, row| {
+            job.table.copy_out(job.handle.frame, at, row);
+        })
     };
     let right = || jobs.iter().zip(&headers).filter_map(|(job, h)| Some((job, h.as_ref()?)));
     let fills: Vec<_> = right().map(|both| move |payload: &mut [u8]| fill(both, payload)).collect();
@@ -645,10 +646,10 @@ fn read_block(
             result = Err(MissReason::Fingerprint);
             return;
         }
-        if !rows_are_right(&header, geometry, payload) {
+        // The frame is nobody's to read before its header is written.
+        if !check_rows(&header, geometry, payload, |at, row| table.copy_in(handle.frame, at, row)) {
             return;
         }
-        table.copy_in(handle.frame, 0, payload);
         header.generation = handle.generation;
         table.write_header(handle.frame, &header);
         result = Ok(header);
@@ -664,9 +665,39 @@ fn read_block(
     }
 }
 
-/// CRC32C of each row, against the header.
-pub fn rows_are_right(header: &BlockHeader, geometry: &Geometry, payload: &[u8]) -> bool {
-    let rows = payload.chunks_exact(geometry.row_bytes() as usize);
+/// Fills `payload` row by row through `copy`, which is told where a row begins, and checks each row while
+/// it is in the processor's cache. `false` at the first wrong one.
+pub fn copy_rows(
+    header: &BlockHeader,
+    geometry: &Geometry,
+    payload: &mut [u8],
+    mut copy: impl FnMut(u64, &mut [u8]),
+) -> bool {
+    let row_bytes = geometry.row_bytes() as usize;
+    let rows = payload.chunks_exact_mut(row_bytes);
     rows.len() == header.checksums.len()
-        && rows.zip(&header.checksums).all(|(row, crc)| crc32c::crc32c(row) == *crc)
+        && rows.zip(&header.checksums).enumerate().all(|(number, (row, crc))| {
+            copy((number * row_bytes) as u64, row);
+            crc32c::crc32c(row) == *crc
+        })
+}
+
+/// Checks each row of `payload` and gives it, and where it begins, to `take` while it is in the
+/// processor's cache. `false` at the first wrong one.
+pub fn check_rows(
+    header: &BlockHeader,
+    geometry: &Geometry,
+    payload: &[u8],
+    mut take: impl FnMut(u64, &[u8]),
+) -> bool {
+    let row_bytes = geometry.row_bytes() as usize;
+    let rows = payload.chunks_exact(row_bytes);
+    rows.len() == header.checksums.len()
+        && rows.zip(&header.checksums).enumerate().all(|(number, (row, crc))| {
+            let is_right = crc32c::crc32c(row) == *crc;
+            if is_right {
+                take((number * row_bytes) as u64, row);
+            }
+            is_right
+        })
 }

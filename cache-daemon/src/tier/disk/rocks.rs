@@ -336,7 +336,7 @@ mod tests {
         let mut bytes = Vec::new();
         assert!(tier.read(&header.key, &mut |value| bytes = value.to_vec()).unwrap());
         let (_, payload) = bytes.split_at(BlockHeader::bytes(&geometry()));
-        assert!(super::super::rows_are_right(&header, &geometry(), payload));
+        assert!(super::super::check_rows(&header, &geometry(), payload, |_, _| {}));
         assert_eq!(tier.get_conversation(&id).unwrap().as_deref(), Some(&b"record"[..]));
     }
 

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, bail, ensure};
-use cache_daemon::tier::disk::{DiskTier, Engine, GROUP_MAX, NewBlock, rows_are_right};
+use cache_daemon::tier::disk::{DiskTier, Engine, GROUP_MAX, NewBlock, check_rows, copy_rows};
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::{
     BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, NumericsTag, RootKey, Variant,
@@ -162,8 +162,10 @@ impl<'a> Store<'a> {
     fn write_tier(&self, tier: &dyn DiskTier, numbers: &[u32]) -> anyhow::Result<()> {
         let headers: Vec<_> = numbers.iter().map(|number| self.blocks.header(*number)).collect();
         let fill = |number: u32, header: &BlockHeader, to: &mut [u8]| {
-            to.copy_from_slice(self.blocks.payload(number));
-            rows_are_right(header, &self.blocks.geometry, to)
+            let payload = self.blocks.payload(number);
+            copy_rows(header, &self.blocks.geometry, to, |at, row| {
+                row.copy_from_slice(&payload[at as usize..][..row.len()]);
+            })
         };
         let fills: Vec<_> = numbers
             .iter()
@@ -191,7 +193,7 @@ impl<'a> Store<'a> {
 
     fn write_file(&self, dir: &Path, number: u32) -> anyhow::Result<()> {
         let header = self.blocks.header(number);
-        ensure!(rows_are_right(&header, &self.blocks.geometry, self.blocks.payload(number)));
+        ensure!(check_rows(&header, &self.blocks.geometry, self.blocks.payload(number), |_, _| {}));
         let (new, path) = (dir.join("new"), dir.join(number.to_string()));
         let mut file = File::create(&new)?;
         file.write_all(&header.encode(&self.blocks.geometry))?;
@@ -208,10 +210,10 @@ impl<'a> Store<'a> {
         let mut sink = |bytes: &[u8]| {
             let (header, payload) = bytes.split_at(BlockHeader::bytes(geometry));
             let Ok(header) = BlockHeader::decode(header, geometry) else { return };
-            if header.key == key && rows_are_right(&header, geometry, payload) {
-                frame.copy_from_slice(payload);
-                is_right = true;
-            }
+            is_right = header.key == key
+                && check_rows(&header, geometry, payload, |at, row| {
+                    frame[at as usize..][..row.len()].copy_from_slice(row);
+                });
         };
         match &self.kind {
             Kind::Tier(_, tier) => ensure!(tier.read(&key, &mut sink)?, "block {number} is gone"),
