@@ -449,4 +449,29 @@ mod tests {
         let table = view.format(geometry()).unwrap();
         table.copy_in(FrameIndex(0), table.geometry().frame_bytes() - 1, &[0, 0]);
     }
+
+    proptest::proptest! {
+        /// Whatever a peer writes over header, frame states, pins and block headers: an error, or a table
+        /// whose frames can be looked at.
+        #[test]
+        fn scribbles_over_the_metadata_never_panic(
+            scribbles in proptest::collection::vec(
+                (proptest::num::u64::ANY, proptest::collection::vec(proptest::num::u8::ANY, 1..16)),
+                1..8,
+            ),
+        ) {
+            let view = RegionView::new(Region::heap(6 << 20));
+            let table = view.format(geometry()).unwrap();
+            let metadata_bytes = table.layout().frame(FrameIndex(0));
+            for (at, bytes) in scribbles {
+                view.region().copy_in(at % (metadata_bytes - 16), &bytes);
+            }
+            if let Ok(table) = view.table() {
+                for frame in table.frames() {
+                    let _ = (table.state(frame), table.pin_count(frame));
+                    let _ = table.header(FrameHandle { frame, generation: Generation(1) });
+                }
+            }
+        }
+    }
 }

@@ -176,4 +176,26 @@ mod tests {
         let newer = text.replace("trace\":1", "trace\":9");
         assert!(Trace::read(newer.as_bytes()).unwrap_err().to_string().contains("version 9"));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn a_spoilt_trace_is_an_error_or_a_trace(
+            at: usize,
+            splice in "[-0-9a-z{}\\[\\],:\"\n\\\\]{0,12}",
+        ) {
+            let turn = |when| TraceTurn {
+                conversation: 3, when, cut: 64, new: 10, answer: 20, blocks: Some(vec![1, 2]),
+            };
+            let trace = Trace::new("test", 64, vec![turn(When::AtMs(5)), turn(When::AfterMs(7))]);
+            let mut bytes = Vec::new();
+            trace.write(&mut bytes).unwrap();
+            let at = at % bytes.len();
+            bytes.splice(at..(at + splice.len()).min(bytes.len()), splice.bytes());
+            if let Ok(trace) = Trace::read(&bytes[..]) {
+                let mut again = Vec::new();
+                trace.write(&mut again).unwrap();
+                proptest::prop_assert_eq!(Trace::read(&again[..]).unwrap(), trace);
+            }
+        }
+    }
 }

@@ -272,3 +272,133 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(array_at(bytes, at))
 }
+
+#[cfg(test)]
+mod tests {
+    use kv_protocol::geometry::LayerSet;
+    use kv_protocol::{Dtype, Fingerprint, Generation};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TOKENS_PER_BLOCK: u16 = 16;
+    /// A slot's page, by the place of what a writer of nonsense may aim at.
+    const PAGE_FIELDS_BYTES: usize = SLOT_FIXED_BYTES + 16;
+
+    fn geometry() -> Geometry {
+        Geometry::new(TOKENS_PER_BLOCK, 2, 1, 64, Dtype::F16, LayerSet::all(2)).unwrap()
+    }
+
+    fn slot() -> SlotHeader {
+        let at = SlotId { file: 3, slot: 7 };
+        SlotHeader { at, epoch: 1 << 32 | 5, order: 9, geometry: geometry() }
+    }
+
+    fn header(tokens: u32) -> BlockHeader {
+        let root = RootKey::new(&Fingerprint([1; 32]), b"tenant");
+        let tokens: Vec<u32> = (100..100 + tokens).collect();
+        BlockHeader {
+            key: BlockKey::child(&root.as_parent(), &tokens),
+            parent: root.as_parent(),
+            root,
+            variant: Variant::Mixed,
+            numerics: NumericsTag::of("test"),
+            generation: Generation(0),
+            created_ms: 77,
+            tokens,
+            checksums: vec![1, 2],
+        }
+    }
+
+    /// With the checksum that an entry of these bytes would have: whoever writes to the volume can
+    /// compute one.
+    fn sealed_entry(key: &[u8], mut entry: Vec<u8>) -> Vec<u8> {
+        if entry.len() >= AT_ENTRY_CRC + 4 {
+            let crc = entry_crc(key, &entry);
+            put(&mut entry, AT_ENTRY_CRC, &crc.to_le_bytes());
+        }
+        entry
+    }
+
+    proptest! {
+        #[test]
+        fn an_entry_comes_back(tokens in 1..=u32::from(TOKENS_PER_BLOCK)) {
+            let (slot, header) = (slot(), header(tokens));
+            for entry in [encode_entry(&slot, &header), encode_entry_1(&slot, &header)] {
+                let found = decode_entry(&header.key.0, &entry).unwrap();
+                prop_assert_eq!((found.at, found.epoch), (slot.at, slot.epoch));
+                prop_assert_eq!(found.block, slot.stored(&header));
+            }
+        }
+
+        #[test]
+        fn an_entry_with_a_flipped_bit_is_none(tokens in 1..=16u32, at: usize, bit in 0u8..8) {
+            let header = header(tokens);
+            let mut entry = encode_entry(&slot(), &header);
+            let at = at % entry.len();
+            entry[at] ^= 1 << bit;
+            prop_assert!(decode_entry(&header.key.0, &entry).is_none());
+        }
+
+        /// A splice of an entry and of other bytes, at any length, its checksum right.
+        #[test]
+        fn no_sealed_entry_panics(
+            tokens in 1..=16u32,
+            splice in proptest::collection::vec(any::<u8>(), 0..64),
+            at: usize,
+            length in 0..400usize,
+            other_key: bool,
+        ) {
+            let header = header(tokens);
+            let mut entry = encode_entry(&slot(), &header);
+            let at = at % entry.len();
+            let end = (at + splice.len()).min(entry.len());
+            entry[at..end].copy_from_slice(&splice[..end - at]);
+            entry.resize(length, 0xff);
+            let key = if other_key { &splice[..] } else { &header.key.0[..] };
+            if let Some(found) = decode_entry(key, &sealed_entry(key, entry)) {
+                prop_assert!(found.block.tokens.len() <= length / 4);
+            }
+        }
+
+        #[test]
+        fn no_entry_of_version_1_panics(
+            splice in proptest::collection::vec(any::<u8>(), 0..64), at: usize, length in 0..700usize,
+        ) {
+            let header = header(16);
+            let mut entry = encode_entry_1(&slot(), &header);
+            let at = at % entry.len();
+            let end = (at + splice.len()).min(entry.len());
+            entry[at..end].copy_from_slice(&splice[..end - at]);
+            entry.truncate(length);
+            let _ = decode_entry(&header.key.0, &entry);
+        }
+
+        /// Of slots and of files alike.
+        #[test]
+        fn no_sealed_page_panics(
+            splice in proptest::collection::vec(any::<u8>(), 1..32),
+            at in 16..PAGE_FIELDS_BYTES,
+            of_a_file: bool,
+        ) {
+            let mut page = vec![0; PAGE_BYTES];
+            if of_a_file {
+                page = FileHeader { file: 1, slots: 8, geometry: geometry() }.encode();
+            } else {
+                slot().encode(&header(16).encode(&geometry()), &mut page);
+            }
+            put(&mut page, at, &splice);
+            seal(&mut page);
+            let _ = (FileHeader::decode(&page), SlotHeader::decode(&page));
+        }
+
+        #[test]
+        fn a_page_with_a_flipped_bit_is_none(at in 0..PAGE_BYTES, bit in 0u8..8) {
+            let mut page = vec![0; PAGE_BYTES];
+            slot().encode(&header(16).encode(&geometry()), &mut page);
+            prop_assert!(SlotHeader::decode(&page).is_some());
+            page[at] ^= 1 << bit;
+            prop_assert!(SlotHeader::decode(&page).is_none());
+        }
+    }
+}

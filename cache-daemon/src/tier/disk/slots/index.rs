@@ -38,6 +38,9 @@ const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// Ahead of a walk through all entries.
 const SCAN_READAHEAD_BYTES: usize = 2 << 20;
 
+/// The system's words in RocksDB's.
+const NO_SUCH_FILE: &str = "No such file or directory";
+
 struct State {
     db: Option<DB>,
     failed: Option<String>,
@@ -115,6 +118,10 @@ impl Index {
             match error.kind() {
                 // A manifest that is gone or garbled is told as an invalid argument.
                 ErrorKind::Corruption | ErrorKind::InvalidArgument => {
+                    DiskError::Corrupt { what: "index", message }
+                }
+                // So is a name in it that a flipped bit made another file's; RocksDB has no kind for it.
+                ErrorKind::IOError if message.contains(NO_SUCH_FILE) => {
                     DiskError::Corrupt { what: "index", message }
                 }
                 _ => DiskError::Database { dir, what, message },
