@@ -41,7 +41,7 @@ struct Flags {
     #[arg(long, default_value_t = 512)]
     mib: u64,
     /// MiB of the tier for amplification.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 512)]
     amplification_mib: u64,
     /// How often that tier is written over.
     #[arg(long, default_value_t = 10)]
