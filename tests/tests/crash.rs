@@ -1,15 +1,19 @@
 //! Two real processes: a runtime's cache client (the peer) and `cache-daemon supervise`, whose worker is
-//! killed with SIGKILL again and again, in the middle of a filling and in the middle of a pin.
+//! killed with SIGKILL again and again, in the middle of a save, a load, a promote, an overwritten slot and
+//! a change of the index.
 //!
 //! The killer maps the region and watches the frame states. A kill "struck inside" if, with the worker
 //! dead, the frame that it was aimed at is still in the state that was wanted: only a daemon changes it.
+//! Of files it watches the calls that the worker's threads are in; such a kill struck inside if, with the
+//! worker stopped, the thread was still in a write or a sync of that file.
 //! Every block's bytes follow from its key; the peer checks each byte it loads and fails at the first wrong one.
+//! An eviction from frames cannot be aimed at: it is one store of one word.
 //!
 //! Twice: with a small peer (this same test binary, started anew as `the_peer`), and with the real
 //! `runtime` over HTTP, where each answer is compared with the same request under a fresh `cache_salt`,
 //! which computes everything. The model is a tiny random one; `COLLOQUY_CRASH_MODEL=smollm2` takes SmolLM2.
 //!
-//! `COLLOQUY_CRASH_KILLS` sets the kills of each kind (200).
+//! `COLLOQUY_CRASH_KILLS` sets the kills of each kind (200; 50 where the disk tier is full).
 
 mod support;
 
@@ -21,15 +25,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kv_protocol::frame::Owner;
+use kv_protocol::frame::{FrameWord, Owner};
 use kv_protocol::message::FrameHandle;
 use kv_protocol::table::{AttachmentState, FrameTable, RegionView};
-use kv_protocol::{AttachmentId, FrameState};
+use kv_protocol::{AttachmentId, FrameIndex, FrameState};
 use support::daemon::{self, Daemon, Driver, conversation, geometry, kill, region_bytes, until};
 use support::{Client, Runtime, beside_us, prompt};
 
 /// Tells `the_peer` which socket; without it there is nothing to do.
 const PEER_SOCKET: &str = "COLLOQUY_CRASH_SOCKET";
+/// Tells `the_peer` to begin new conversations all the time.
+const PEER_IS_WIDE: &str = "COLLOQUY_CRASH_WIDE";
+/// How far back a wide peer goes: further than frames reach, less far than the disk tier.
+const TURNS_BACK: u32 = 60;
+/// Conversations of a wide peer; their token ids are numbers of 32 bits.
+const WIDE_CONVERSATIONS: u32 = 40_000;
 /// Conversations that the peer goes round: more than the host tier holds.
 const CONVERSATIONS: u32 = 6;
 const TOKENS: u32 = 16 * 10 + 5;
@@ -49,6 +59,33 @@ fn kills_while_a_frame_is_pinned_cost_no_wrong_byte() {
 }
 
 #[test]
+fn kills_while_a_block_is_promoted_cost_no_wrong_byte() {
+    let scene = Scene::with_full_disk();
+    let peer = DriverPeer::start_wide(&scene.daemon.socket);
+    kill_many("Promoting", &scene, promoting, Box::new(peer));
+}
+
+/// The disk tier is full: each write goes over a slot that another block had.
+#[test]
+fn kills_while_a_slot_is_written_cost_no_wrong_byte() {
+    let scene = Scene::with_full_disk();
+    let peer = DriverPeer::start_wide(&scene.daemon.socket);
+    scene.wait_for_evictions();
+    let find = |sight: &Sight<'_>| writing(sight, |path| path.contains("/slots/slots-"));
+    kill_many("Slot", &scene, find, Box::new(peer));
+}
+
+/// The disk tier is full: blocks are removed from the index as often as others are put in.
+#[test]
+fn kills_while_the_index_is_changed_cost_no_wrong_byte() {
+    let scene = Scene::with_full_disk();
+    let peer = DriverPeer::start_wide(&scene.daemon.socket);
+    scene.wait_for_evictions();
+    let is_log = |path: &str| path.contains("/slots/index/") && path.ends_with(".log");
+    kill_many("Index", &scene, |sight| writing(sight, is_log), Box::new(peer));
+}
+
+#[test]
 fn kills_while_a_frame_is_filling_fail_no_request_of_the_real_runtime() {
     let scene = Scene::start();
     let peer = RuntimePeer::start(&scene);
@@ -62,30 +99,112 @@ fn kills_while_a_frame_is_pinned_fail_no_request_of_the_real_runtime() {
     kill_many("Pinned", &scene, pinned, Box::new(peer));
 }
 
+/// What the killer can see.
+struct Sight<'a> {
+    table: &'a FrameTable,
+    view: &'a RegionView,
+    worker: i32,
+}
+
+/// What a kill is aimed at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// A frame in a state.
+    Frame { state: FrameState, handle: FrameHandle },
+    /// A thread in a call with these arguments, digested.
+    Call { thread: i32, call: [u8; 32] },
+}
+
+impl Sight<'_> {
+    /// The first frame in this state that is `wanted`.
+    fn frame(
+        &self,
+        state: FrameState,
+        wanted: impl Fn(FrameIndex, &FrameWord) -> bool,
+    ) -> Option<Target> {
+        self.table.frames().find_map(|frame| {
+            let word = self.table.state(frame).ok()?;
+            let handle = FrameHandle { frame, generation: word.generation };
+            (word.state == state && wanted(frame, &word)).then_some(Target::Frame { state, handle })
+        })
+    }
+
+    fn is_live(&self, id: AttachmentId) -> bool {
+        self.view.attachment_state(id) == AttachmentState::Live
+    }
+
+    /// Whether it is as it was when it was aimed at; with the worker dead, as far as that can be seen.
+    fn is_still(&self, target: Target) -> bool {
+        match target {
+            Target::Frame { state, handle } => self
+                .table
+                .state(handle.frame)
+                .is_ok_and(|word| word.state == state && word.generation == handle.generation),
+            Target::Call { thread, call } => call_of(self.worker, thread)
+                .is_some_and(|now| *blake3::hash(now.as_bytes()).as_bytes() == call),
+        }
+    }
+
+    /// Whether the thread that matters goes on no more.
+    fn is_held(&self, target: Target) -> bool {
+        match target {
+            Target::Frame { .. } => is_in(&format!("/proc/{}/stat", self.worker), "TZ"),
+            // A thread that waits for the drive stops when the call ends, before its next instruction.
+            Target::Call { thread, .. } => {
+                is_in(&format!("/proc/{}/task/{thread}/stat", self.worker), "TZ")
+            }
+        }
+    }
+}
+
 /// A frame that a living attachment has begun to fill.
-fn filling(table: &FrameTable, view: &RegionView) -> Option<FrameHandle> {
-    table.frames().find_map(|frame| {
-        let word = table.state(frame).ok()?;
-        let Owner::Attachment(id) = word.owner else { return None };
-        let id = AttachmentId::new(id.into())?;
-        let begun = table.is_taken(frame, word.generation);
-        let live = view.attachment_state(id) == AttachmentState::Live;
-        let wanted = word.state == FrameState::Filling && begun && live;
-        wanted.then_some(FrameHandle { frame, generation: word.generation })
+fn filling(sight: &Sight<'_>) -> Option<Target> {
+    sight.frame(FrameState::Filling, |frame, word| {
+        let Owner::Attachment(id) = word.owner else { return false };
+        let id = AttachmentId::new(id.into());
+        let begun = sight.table.is_taken(frame, word.generation);
+        begun && id.is_some_and(|id| sight.is_live(id))
     })
 }
 
 /// A frame that a living attachment has pinned.
-fn pinned(table: &FrameTable, view: &RegionView) -> Option<FrameHandle> {
-    table.frames().find_map(|frame| {
-        let word = table.state(frame).ok()?;
-        let live = AttachmentId::all().any(|id| {
-            table.pins(frame, id).load(kv_protocol::sync::Ordering::Relaxed) > 0
-                && view.attachment_state(id) == AttachmentState::Live
-        });
-        let wanted = word.state == FrameState::Pinned && live;
-        wanted.then_some(FrameHandle { frame, generation: word.generation })
+fn pinned(sight: &Sight<'_>) -> Option<Target> {
+    sight.frame(FrameState::Pinned, |frame, _| {
+        AttachmentId::all().any(|id| {
+            let pins = sight.table.pins(frame, id).load(kv_protocol::sync::Ordering::Relaxed);
+            pins > 0 && sight.is_live(id)
+        })
     })
+}
+
+/// A frame that the daemon fills from disk.
+fn promoting(sight: &Sight<'_>) -> Option<Target> {
+    sight.frame(FrameState::Filling, |_, word| word.owner == Owner::Daemon)
+}
+
+/// A thread of the disk tier that writes or syncs such a file.
+fn writing(sight: &Sight<'_>, is_wanted: impl Fn(&str) -> bool) -> Option<Target> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", sight.worker)).ok()?;
+    tasks.flatten().find_map(|task| {
+        let thread = task.file_name().to_str()?.parse().ok()?;
+        let call = call_of(sight.worker, thread)?;
+        let mut words = call.split_whitespace();
+        let number: i64 = words.next()?.parse().ok()?;
+        if ![libc::SYS_pwrite64, libc::SYS_write, libc::SYS_fdatasync].contains(&number) {
+            return None;
+        }
+        let descriptor = u32::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
+        let path = format!("/proc/{}/fd/{descriptor}", sight.worker);
+        let path = std::fs::read_link(path).ok()?;
+        let call = *blake3::hash(call.as_bytes()).as_bytes();
+        is_wanted(path.to_str()?).then_some(Target::Call { thread, call })
+    })
+}
+
+/// Number and arguments of the call that a thread is in; `None` if it is gone or in none.
+fn call_of(worker: i32, thread: i32) -> Option<String> {
+    let call = std::fs::read_to_string(format!("/proc/{worker}/task/{thread}/syscall")).ok()?;
+    call.starts_with(|first: char| first.is_ascii_digit()).then_some(call)
 }
 
 /// A daemon in a folder of its own.
@@ -96,16 +215,34 @@ struct Scene {
 
 impl Scene {
     fn start() -> Self {
+        // SmolLM2's blocks are large; the small peer's geometry gets few frames from little.
+        Self::of(if smollm2().is_some() { 64 << 20 } else { region_bytes(40) }, &[])
+    }
+
+    /// Frames for four conversations, and the smallest disk tier, for a hundred.
+    fn with_full_disk() -> Self {
+        Self::of(region_bytes(40), &["--disk-engine=slots", "--disk-bytes=16MiB"])
+    }
+
+    fn of(host_bytes: u64, flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
-        // SmolLM2's blocks are large; the small peer's geometry gets few frames from little.
-        let bytes = if smollm2().is_some() { 64 << 20 } else { region_bytes(40) };
-        Self { daemon: Daemon::start(&binary, dir.path(), bytes, &[]), dir }
+        Self { daemon: Daemon::start(&binary, dir.path(), host_bytes, flags), dir }
+    }
+
+    fn wait_for_evictions(&self) {
+        until("blocks leave the full disk tier", || {
+            (self.daemon.status_u64("/evictions_disk") > 0).then_some(())
+        });
     }
 }
 
 /// The process on the other side of the region.
 trait Peer {
+    /// Unless `COLLOQUY_CRASH_KILLS` says something else.
+    fn kills(&self) -> u32 {
+        200
+    }
     /// Kills are spread over so many frames.
     fn frames_between_kills(&self) -> u32;
     /// Ends it. Fails if it saw anything wrong; else its last words, and how many blocks or answers it
@@ -116,21 +253,16 @@ trait Peer {
 fn kill_many(
     state: &str,
     scene: &Scene,
-    find: impl Fn(&FrameTable, &RegionView) -> Option<FrameHandle>,
+    find: impl Fn(&Sight<'_>) -> Option<Target>,
     peer: Box<dyn Peer>,
 ) {
     let kills: u32 = std::env::var("COLLOQUY_CRASH_KILLS")
         .ok()
         .and_then(|kills| kills.parse().ok())
-        .unwrap_or(200);
+        .unwrap_or(peer.kills());
     let daemon = &scene.daemon;
     let view = region_of(daemon);
     let table = until("the region is formatted", || view.table().ok());
-    let is_still = |target: FrameHandle| {
-        table.state(target.frame).is_ok_and(|word| {
-            format!("{:?}", word.state) == state && word.generation == target.generation
-        })
-    };
     let mut inside = 0;
     for kill_number in 0..kills {
         // A worker that serves, and a frame in the wanted state under it.
@@ -141,8 +273,9 @@ fn kill_many(
         // it at different places.
         let mut pass_over = kill_number * 13 % peer.frames_between_kills();
         let mut last = None;
-        let target = spin("a frame is in the wanted state", || {
-            let found = find(&table, &view)?;
+        let sight = Sight { table: &table, view: &view, worker };
+        let target = spin("the wanted state is there", || {
+            let found = find(&sight)?;
             if pass_over > 0 && last.replace(found) != Some(found) {
                 pass_over -= 1;
             }
@@ -151,16 +284,20 @@ fn kill_many(
             }
             // Held still first: between our look and the signal the worker may have gone on.
             kill(worker, rustix::process::Signal::STOP);
-            spin("the worker stands still", || is_in(worker, "TZ").then_some(()));
-            if is_still(found) {
+            spin("the worker stands still", || sight.is_held(found).then_some(()));
+            if sight.is_still(found) {
                 return Some(found);
             }
             kill(worker, rustix::process::Signal::CONT);
             None
         });
+        let was_inside = sight.is_still(target);
         kill(worker, rustix::process::Signal::KILL);
-        spin("the worker is dead", || is_in(worker, "Z").then_some(()));
-        inside += u32::from(is_still(target));
+        spin("the worker is dead", || is_in(&format!("/proc/{worker}/stat"), "Z").then_some(()));
+        inside += u32::from(match target {
+            Target::Frame { .. } => sight.is_still(target),
+            Target::Call { .. } => was_inside, // The dead are in no call.
+        });
     }
     let (summary, compared) = peer.stop();
     println!("{state}: {inside} of {kills} kills struck inside; peer: {summary}");
@@ -183,9 +320,9 @@ fn spin<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Whether a process is in one of these states (T stopped, Z zombie), or is no more.
-fn is_in(pid: i32, states: &str) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+/// Whether a process or thread is in one of these states (T stopped, Z zombie), or is no more.
+fn is_in(stat: &str, states: &str) -> bool {
+    let Ok(stat) = std::fs::read_to_string(stat) else { return true };
     let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
     state.is_some_and(|state| states.contains(state))
 }
@@ -220,34 +357,55 @@ fn smollm2() -> Option<PathBuf> {
 }
 
 /// The small peer.
-struct DriverPeer(Child);
+struct DriverPeer {
+    child: Child,
+    kills: u32,
+    frames_between_kills: u32,
+}
 
 impl DriverPeer {
     fn start(socket: &Path) -> Self {
-        let child = Command::new(std::env::current_exe().expect("our own path"))
+        Self::start_with(socket, false, 200, 50) // Some four turns of eleven blocks.
+    }
+
+    /// One whose conversations are more than the disk tier holds.
+    fn start_wide(socket: &Path) -> Self {
+        Self::start_with(socket, true, 50, 8) // A group of writes is up to eight blocks.
+    }
+
+    fn start_with(socket: &Path, is_wide: bool, kills: u32, frames_between_kills: u32) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("our own path"));
+        if is_wide {
+            command.env(PEER_IS_WIDE, "1");
+        }
+        let child = command
             .args(["--exact", "the_peer", "--ignored", "--nocapture"])
             .env(PEER_SOCKET, socket)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("the peer starts");
-        Self(child)
+        Self { child, kills, frames_between_kills }
     }
 }
 
 impl Peer for DriverPeer {
+    fn kills(&self) -> u32 {
+        self.kills
+    }
+
     fn frames_between_kills(&self) -> u32 {
-        50 // Some four turns of eleven blocks.
+        self.frames_between_kills
     }
 
     fn stop(mut self: Box<Self>) -> (String, u64) {
-        drop(self.0.stdin.take()); // Its sign to end.
+        drop(self.child.stdin.take()); // Its sign to end.
         let mut output = String::new();
-        let pipe = self.0.stdout.as_mut().expect("piped");
+        let pipe = self.child.stdout.as_mut().expect("piped");
         pipe.read_to_string(&mut output).expect("the peer's words"); // All: it must not write in vain.
         let summary = output.lines().find(|line| line.contains("blocks")).unwrap_or_default();
         let summary = summary.to_owned();
-        let status = self.0.wait().expect("our own child");
+        let status = self.child.wait().expect("our own child");
         assert!(status.success(), "the peer failed: {status}");
         let mut words = summary.split_whitespace().skip_while(|word| *word != "blocks");
         let blocks = words.nth(1).and_then(|blocks| blocks.parse().ok()).unwrap_or(0);
@@ -257,8 +415,8 @@ impl Peer for DriverPeer {
 
 impl Drop for DriverPeer {
     fn drop(&mut self) {
-        let _ = self.0.kill(); // Ended already, normally.
-        let _ = self.0.wait();
+        let _ = self.child.kill(); // Ended already, normally.
+        let _ = self.child.wait();
     }
 }
 
@@ -339,6 +497,7 @@ impl Peer for RuntimePeer {
 #[ignore = "started by the other tests, as a process of its own"]
 fn the_peer() {
     let Some(socket) = std::env::var_os(PEER_SOCKET) else { return };
+    let is_wide = std::env::var_os(PEER_IS_WIDE).is_some();
     let mut driver = Driver::spawn(Path::new(&socket), geometry(), b"");
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
@@ -351,7 +510,13 @@ fn the_peer() {
     while !stop.load(Ordering::Relaxed) {
         driver.wait_attached();
         turn += 1;
-        let tokens = conversation(turn % CONVERSATIONS, TOKENS);
+        let number = match turn {
+            _ if !is_wide => turn % CONVERSATIONS,
+            // Every other turn is of a new conversation, the others go back.
+            _ if turn % 2 == 0 => turn / 2,
+            _ => (turn / 2).saturating_sub(4 + turn * 7 % TURNS_BACK),
+        };
+        let tokens = conversation(number % WIDE_CONVERSATIONS, TOKENS);
         match one_turn(&mut driver, &tokens) {
             Ok(checked) => {
                 blocks += checked as u64;
