@@ -387,8 +387,8 @@ impl Daemon {
                         waiting.list = Some(Arc::new(list));
                     }
                     match &waiting.list {
-                        Some(list) if is_first => self.store.hint(turn, hint.place, list),
-                        _ => self.store.hint_again(turn, hint.place),
+                        Some(list) if is_first => self.store.hint(turn, hint, list),
+                        _ => self.store.hint_again(turn, hint),
                     }
                     self.queue_changed = true;
                 }
@@ -513,7 +513,7 @@ impl Daemon {
         for attachment in self.attachments.iter().flatten() {
             for (tag, waiting) in &attachment.sequences {
                 if let (Some(hint), Some(list)) = (waiting.hint, &waiting.list) {
-                    self.store.hint(attachment.turn(*tag), hint.place, list);
+                    self.store.hint(attachment.turn(*tag), hint, list);
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! The queue as hints tell it: which turns wait, in which order, and which blocks each will read. Pure data.
+//! The queue as hints tell it: which turns wait (anticipated ones behind all others), in which order, and
+//! which blocks each will read. Pure data.
 //!
 //! **Invariant:** `needs[key]` lists exactly the waiting turns whose chains have `key`.
 
@@ -58,7 +59,7 @@ impl Queue {
 
     /// A waiting turn has another ticket.
     pub fn move_to(&mut self, id: TurnId, ticket: QueueTicket) {
-        let Some(old) = self.tickets.get(&id).copied() else { return };
+        let Some(old) = self.ticket(id) else { return };
         if old != ticket
             && let Some(turn) = self.turns.get(&(old, id))
         {
@@ -67,10 +68,15 @@ impl Queue {
         }
     }
 
-    /// A turn waits no more; `false` if it did not.
-    pub fn remove(&mut self, id: TurnId) -> bool {
-        let Some(ticket) = self.tickets.remove(&id) else { return false };
-        let Some(turn) = self.turns.remove(&(ticket, id)) else { return false };
+    /// A waiting turn's ticket.
+    pub fn ticket(&self, id: TurnId) -> Option<QueueTicket> {
+        self.tickets.get(&id).copied()
+    }
+
+    /// A turn waits no more; the ticket that it had.
+    pub fn remove(&mut self, id: TurnId) -> Option<QueueTicket> {
+        let ticket = self.tickets.remove(&id)?;
+        let turn = self.turns.remove(&(ticket, id))?;
         self.blocks -= turn.blocks;
         self.turns_with_blocks -= u64::from(turn.blocks > 0);
         for key in &turn.keys {
@@ -82,7 +88,7 @@ impl Queue {
             }
         }
         self.changed.extend_from_slice(&turn.keys);
-        true
+        Some(ticket)
     }
 
     /// The first turn that will read a block.
@@ -140,7 +146,8 @@ mod tests {
                         turns.insert(id, (ticket, numbers));
                     }
                     None => {
-                        prop_assert_eq!(queue.remove(TurnId(id)), turns.remove(&id).is_some());
+                        let ticket = turns.remove(&id).map(|(ticket, _)| QueueTicket(ticket));
+                        prop_assert_eq!(queue.remove(TurnId(id)), ticket);
                     }
                 }
                 for number in 0..8 {

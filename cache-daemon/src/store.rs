@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use kv_protocol::message::{CommitOutcome, FoundBlock, FrameHandle, KeyList, Tier};
+use kv_protocol::message::{CommitOutcome, FoundBlock, FrameHandle, Hint, KeyList, Tier};
 use kv_protocol::table::{FrameTable, RegionView};
 use kv_protocol::{AttachmentId, BlockKey, Geometry, MissReason};
 
@@ -43,6 +43,8 @@ pub struct Store {
     pub(crate) queue: Queue,
     /// Hinted turns that have left the queue: what makes a ticket out of a place.
     turns_left: u64,
+    /// Anticipations so far.
+    anticipations: u64,
     pub(crate) index: Index,
     /// `None` until a runtime has brought a geometry.
     pub(crate) host: Option<HostTier>,
@@ -73,6 +75,7 @@ impl Store {
             directory: Directory::default(),
             queue: Queue::default(),
             turns_left: 0,
+            anticipations: 0,
             index: Index::new(config.policy),
             host: None,
             disk,
@@ -149,9 +152,9 @@ impl Store {
         in_use || self.transfers.any_under_way()
     }
 
-    /// A turn waits at a place of its runtime's queue; `list` is what it will read.
-    pub fn hint(&mut self, id: TurnId, place: u32, list: &KeyList) {
-        let ticket = QueueTicket(self.turns_left + u64::from(place));
+    /// A turn is foretold; `list` is what it will read.
+    pub fn hint(&mut self, id: TurnId, hint: Hint, list: &KeyList) {
+        let ticket = self.ticket(id, hint);
         let links = self.directory.lookup(list).links;
         // The rest of the list as well: its blocks may still be on their way here.
         let known = links.len();
@@ -160,14 +163,31 @@ impl Store {
         self.queue.place(id, ticket, &keys, known as u64);
     }
 
-    /// A turn's place, told again.
-    pub fn hint_again(&mut self, id: TurnId, place: u32) {
-        self.queue.move_to(id, QueueTicket(self.turns_left + u64::from(place)));
+    /// When a turn comes, told again.
+    pub fn hint_again(&mut self, id: TurnId, hint: Hint) {
+        let ticket = self.ticket(id, hint);
+        self.queue.move_to(id, ticket);
     }
 
-    /// A turn has begun, or will not.
+    /// An anticipated turn keeps its ticket however often it is told.
+    fn ticket(&mut self, id: TurnId, hint: Hint) -> QueueTicket {
+        match hint {
+            Hint::Queued { place, .. } => QueueTicket(self.turns_left + u64::from(place)),
+            Hint::Anticipated => {
+                let held = self.queue.ticket(id).filter(|ticket| ticket.is_anticipated());
+                held.unwrap_or_else(|| {
+                    self.anticipations += 1;
+                    QueueTicket::anticipated(self.anticipations)
+                })
+            }
+        }
+    }
+
+    /// A turn has begun, or will not. One that never was in the queue left no place there: the tickets of
+    /// those that are stay right.
     pub fn turn_left(&mut self, id: TurnId) {
-        self.turns_left += u64::from(self.queue.remove(id));
+        let left = self.queue.remove(id);
+        self.turns_left += u64::from(left.is_some_and(|ticket| !ticket.is_anticipated()));
     }
 
     /// Brings the index up to date with what changed since the last choice.

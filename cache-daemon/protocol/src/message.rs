@@ -197,19 +197,24 @@ impl MissReason {
     }
 }
 
-/// Place in the queue and expected start of a waiting sequence.
+/// What the scheduler knows of a turn to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Hint {
-    /// 0 starts next.
-    pub place: u32,
-    /// Expected start, milliseconds from now.
-    pub start_in_ms: u32,
+pub enum Hint {
+    /// It waits in the queue.
+    Queued {
+        /// 0 starts next.
+        place: u32,
+        /// Expected start, milliseconds from now.
+        start_in_ms: u32,
+    },
+    /// It is not in the queue yet, but soon: after every queued turn, and in the order of the hints.
+    Anticipated,
 }
 
 /// Runtime → daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Submission {
-    /// A sequence waits; the first hint brings its key list. The only message that a full ring drops.
+    /// A sequence waits, or will; the first hint brings its key list. The only message that a full ring drops.
     Hint {
         /// Whose.
         sequence: SequenceTag,
@@ -376,8 +381,13 @@ impl Submission {
         let span = |keys: Option<ArenaSpan>| keys.map_or(0, ArenaSpan::pack);
         match *self {
             Submission::Hint { sequence, hint, keys } => {
-                let when = u64::from(hint.place) << 32 | u64::from(hint.start_in_ms);
-                [1, sequence.0, when, span(keys), 0, 0, 0, 0]
+                let (when, anticipated) = match hint {
+                    Hint::Queued { place, start_in_ms } => {
+                        (u64::from(place) << 32 | u64::from(start_in_ms), 0)
+                    }
+                    Hint::Anticipated => (0, 1),
+                };
+                [1, sequence.0, when, span(keys), anticipated, 0, 0, 0]
             }
             Submission::Lookup { sequence, keys } => [2, sequence.0, span(keys), 0, 0, 0, 0, 0],
             Submission::End { sequence } => [3, sequence.0, 0, 0, 0, 0, 0, 0],
@@ -409,7 +419,14 @@ impl Submission {
         Ok(match kind {
             1 => Submission::Hint {
                 sequence,
-                hint: Hint { place: (entry[2] >> 32) as u32, start_in_ms: entry[2] as u32 },
+                hint: match entry[4] {
+                    0 => Hint::Queued {
+                        place: (entry[2] >> 32) as u32,
+                        start_in_ms: entry[2] as u32,
+                    },
+                    1 => Hint::Anticipated,
+                    code => return Err(MessageError::Code { field: "hint kind", code }),
+                },
                 keys: optional_span(entry[3])?,
             },
             2 => Submission::Lookup { sequence, keys: optional_span(entry[2])? },
@@ -664,9 +681,10 @@ mod tests {
         let all = [
             Submission::Hint {
                 sequence,
-                hint: Hint { place: 4, start_in_ms: 900 },
+                hint: Hint::Queued { place: 4, start_in_ms: 900 },
                 keys: Some(span()),
             },
+            Submission::Hint { sequence, hint: Hint::Anticipated, keys: Some(span()) },
             Submission::Lookup { sequence, keys: None },
             Submission::End { sequence },
             Submission::Unpin([handle()].into_iter().collect()),

@@ -4,6 +4,9 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayoutVersion {
+    /// A hint may foretell a turn that is not in the queue. Block headers are as in V1, and those of V1
+    /// and V2 are read.
+    V3 = 3,
     /// Up to seven pins go back in one message. Block headers are as in V1, and V1's are read.
     V2 = 2,
     /// First layout.
@@ -12,7 +15,7 @@ pub enum LayoutVersion {
 
 impl LayoutVersion {
     /// What this build writes; of regions and handshakes the only one that it takes.
-    pub const CURRENT: LayoutVersion = LayoutVersion::V2;
+    pub const CURRENT: LayoutVersion = LayoutVersion::V3;
 
     /// Checks the number of a region or a handshake: both sides must speak the same messages.
     pub fn check_current(found: u32) -> Result<(), UnknownVersion> {
@@ -38,6 +41,7 @@ impl TryFrom<u32> for LayoutVersion {
         match found {
             1 => Ok(LayoutVersion::V1),
             2 => Ok(LayoutVersion::V2),
+            3 => Ok(LayoutVersion::V3),
             _ => Err(UnknownVersion { found }),
         }
     }
@@ -56,8 +60,10 @@ mod tests {
     }
 
     #[test]
-    fn blocks_of_the_version_before_are_read_but_not_its_messages() {
-        assert_eq!(LayoutVersion::try_from(1), Ok(LayoutVersion::V1));
-        assert_eq!(LayoutVersion::check_current(1), Err(UnknownVersion { found: 1 }));
+    fn blocks_of_the_versions_before_are_read_but_not_their_messages() {
+        for (found, version) in [(1, LayoutVersion::V1), (2, LayoutVersion::V2)] {
+            assert_eq!(LayoutVersion::try_from(found), Ok(version));
+            assert_eq!(LayoutVersion::check_current(found), Err(UnknownVersion { found }));
+        }
     }
 }

@@ -24,6 +24,24 @@ pub use order::{Order, Victim};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueTicket(pub u64);
 
+impl QueueTicket {
+    /// From here on turns that are foretold but not queued: no queue ever counts so far.
+    const ANTICIPATED: u64 = 1 << 60;
+
+    /// Of the `nth` anticipation: after every queued turn and after the anticipations before it.
+    pub fn anticipated(nth: u64) -> Self {
+        Self(Self::ANTICIPATED + nth)
+    }
+
+    /// Whether the turn is not in the queue yet.
+    pub fn is_anticipated(self) -> bool {
+        self.0 >= Self::ANTICIPATED
+    }
+}
+
+const _: () =
+    assert!(QueueTicket::ANTICIPATED < Rank::ORDER_MAX, "anticipations have ranks of their own");
+
 /// What is known of a block: all that a rank may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {

@@ -291,7 +291,7 @@ impl Driver {
         self.next_sequence += 1;
         let sequence = SequenceTag(self.next_sequence);
         let query = self.query(tokens);
-        self.client.enqueue(sequence, query, Hint { place, start_in_ms: 0 });
+        self.client.enqueue(sequence, query, Hint::Queued { place, start_in_ms: 0 });
         sequence
     }
 

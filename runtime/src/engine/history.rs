@@ -346,5 +346,5 @@ fn expected_start(state: &State, rates: &Rates, place: usize) -> Hint {
     let ahead = state.waiting.iter().take(place).map(|s| s.len() - s.computed);
     let tokens = running.chain(ahead).fold(0_u32, u32::saturating_add);
     let start_in_ms = rates.prefill_time(tokens).as_millis().try_into().unwrap_or(u32::MAX);
-    Hint { place: place as u32, start_in_ms }
+    Hint::Queued { place: place as u32, start_in_ms }
 }

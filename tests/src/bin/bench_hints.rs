@@ -175,11 +175,11 @@ fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<St
         // Whose answer has not come keeps its place: it has not begun.
         let first = looked_up.len() as u32;
         for (place, sequence) in (first..).zip(queue.iter().take(HINTS_PER_STEP - 1)) {
-            engine.client.hint(*sequence, Hint { place, start_in_ms: place });
+            engine.client.hint(*sequence, Hint::Queued { place, start_in_ms: place });
         }
         let sequence = SequenceTag(1 + number as u64);
         let place = first + queue.len() as u32;
-        engine.client.enqueue(sequence, query, Hint { place, start_in_ms: place });
+        engine.client.enqueue(sequence, query, Hint::Queued { place, start_in_ms: place });
         queue.push_back(sequence);
         if queue.len() >= HINTS_PER_STEP
             && let Some(next) = queue.pop_front()

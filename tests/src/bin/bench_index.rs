@@ -249,7 +249,7 @@ impl Asker {
         self.next += 1;
         let sequence = SequenceTag(self.next);
         let begin = Instant::now();
-        self.client.enqueue(sequence, query, Hint { place: 0, start_in_ms: 0 });
+        self.client.enqueue(sequence, query, Hint::Queued { place: 0, start_in_ms: 0 });
         if self.client.lookup(sequence).is_err() {
             return Ok(None);
         }
