@@ -139,16 +139,13 @@ mod tests {
             let mut queue = Queue::default();
             let mut turns: BTreeMap<u128, (u64, Vec<u8>)> = BTreeMap::new();
             for (id, change) in changes {
-                match change {
-                    Some((ticket, numbers)) => {
-                        let keys: Vec<_> = numbers.iter().map(|number| key(*number)).collect();
-                        queue.place(TurnId(id), QueueTicket(ticket), &keys, keys.len() as u64);
-                        turns.insert(id, (ticket, numbers));
-                    }
-                    None => {
-                        let ticket = turns.remove(&id).map(|(ticket, _)| QueueTicket(ticket));
-                        prop_assert_eq!(queue.remove(TurnId(id)), ticket);
-                    }
+                if let Some((ticket, numbers)) = change {
+                    let keys: Vec<_> = numbers.iter().map(|number| key(*number)).collect();
+                    queue.place(TurnId(id), QueueTicket(ticket), &keys, keys.len() as u64);
+                    turns.insert(id, (ticket, numbers));
+                } else {
+                    let ticket = turns.remove(&id).map(|(ticket, _)| QueueTicket(ticket));
+                    prop_assert_eq!(queue.remove(TurnId(id)), ticket);
                 }
                 for number in 0..8 {
                     let needs = turns.values().filter(|(_, numbers)| numbers.contains(&number));

@@ -81,7 +81,10 @@ fn kills_while_the_index_is_changed_cost_no_wrong_byte() {
     let scene = Scene::with_full_disk();
     let peer = DriverPeer::start_wide(&scene.daemon.socket);
     scene.wait_for_evictions();
-    let is_log = |path: &str| path.contains("/slots/index/") && path.ends_with(".log");
+    let is_log = |path: &str| {
+        path.contains("/slots/index/")
+            && Path::new(path).extension().is_some_and(|extension| extension == "log")
+    };
     kill_many("Index", &scene, |sight| writing(sight, is_log), Box::new(peer));
 }
 
