@@ -267,6 +267,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
     let service = Service {
         conversations: Conversations::new(
             fingerprint,
+            config.tokens_per_block,
             tokenizer.vocabulary_size(),
             submit.clone(),
             metrics.clone(),

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! root  = H("root",  fingerprint ‖ salt)                    one a model and tenant
-//! child = H("block", parent ‖ token count ‖ token ids)      parent is the root or a full block
+//! child = H("block", parent ‖ token count ‖ token ids)      parent is the root, a full block, or an event
+//! after = H("event", parent ‖ kind ‖ its numbers)           a link without a block: [`Event`]
 //! ```
 //!
 //! A key therefore says which model, which tenant and which tokens from position 0 on. Lookups compare
@@ -15,6 +16,7 @@ pub const KEY_BYTES: usize = 32;
 
 const ROOT_CONTEXT: &str = "colloquy 2026-09 kv root";
 const BLOCK_CONTEXT: &str = "colloquy 2026-09 kv block";
+const EVENT_CONTEXT: &str = "colloquy 2026-11 kv event";
 const CONVERSATION_CONTEXT: &str = "colloquy 2026-09 conversation";
 
 /// Digest of a model: weights, architecture, quantisation, dtype, layout.
@@ -45,6 +47,18 @@ impl PartialOrd for BlockKey {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some(self.cmp(other))
     }
+}
+
+/// What happened to a history between two blocks: what follows has other KV than without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Tokens were taken out of the history.
+    Truncated {
+        /// Tokens kept at its start.
+        sinks: u32,
+        /// Tokens dropped behind them.
+        dropped: u32,
+    },
 }
 
 /// Name of a conversation: the client's own, salted with the tenant.
@@ -87,6 +101,20 @@ impl BlockKey {
         hasher.update(&(tokens.len() as u32).to_le_bytes());
         for token in tokens {
             hasher.update(&token.to_le_bytes());
+        }
+        Self(*hasher.finalize().as_bytes())
+    }
+
+    /// What the first block after an event has as its parent. No block has this name.
+    pub fn after(parent: &BlockKey, event: &Event) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key(EVENT_CONTEXT);
+        hasher.update(&parent.0);
+        match event {
+            Event::Truncated { sinks, dropped } => {
+                for word in [1, *sinks, *dropped] {
+                    hasher.update(&u32::to_le_bytes(word));
+                }
+            }
         }
         Self(*hasher.finalize().as_bytes())
     }

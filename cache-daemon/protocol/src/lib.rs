@@ -2,7 +2,7 @@
 //! the rings in it, the life of a frame, and the handshake. No files, no sockets, no threads, no async.
 //!
 //! Reading order: [`version`], [`geometry`], [`key`], [`header`], [`frame`], [`layout`], [`ring`],
-//! [`message`], [`handshake`]. The byte tables stand in docs/shared-memory.md.
+//! [`message`], [`record`], [`handshake`]. The byte tables stand in docs/shared-memory.md.
 //!
 //! **Invariants**
 //! - Only this crate knows byte offsets; daemon and runtime map memory and hand it over as a [`Mapping`].
@@ -19,6 +19,7 @@ pub mod header;
 pub mod key;
 pub mod layout;
 pub mod message;
+pub mod record;
 #[cfg(not(loom))]
 pub mod region;
 pub mod ring;
@@ -33,9 +34,10 @@ pub use doorbell::DoorbellWord;
 pub use frame::{FrameIndex, FrameState, Generation};
 pub use geometry::{Dtype, Geometry, GeometryError, KEncoding};
 pub use header::{BlockHeader, HeaderError};
-pub use key::{BlockKey, ConversationId, Fingerprint, RootKey};
+pub use key::{BlockKey, ConversationId, Event, Fingerprint, RootKey};
 pub use layout::{AttachmentId, RegionLayout};
 pub use message::{Completion, MissReason, Submission};
+pub use record::Record;
 #[cfg(not(loom))]
 pub use region::{Mapping, Region, RegionError};
 pub use variant::{Accept, NumericsTag, Variant};

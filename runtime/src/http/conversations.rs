@@ -10,7 +10,8 @@
 //! history differently costs reuse, never a wrong prompt.
 //!
 //! Records are kept here (bounded, the least recently used goes first) and put to the cache daemon, so
-//! that they survive the pod. They are named by the model, the request's `cache_salt` and the client's
+//! that they survive the pod: ids, root and name for the daemon to read (`kv_protocol::record`), digests
+//! and cuts as the part that is ours alone. They are named by the model, the request's `cache_salt` and the client's
 //! id. A salted request that has no record of its own may read the unsalted one (ids of text that the
 //! client has itself just sent), and never writes it.
 
@@ -19,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kv_protocol::key::{ConversationId, Fingerprint, RootKey};
+use kv_protocol::record::{Record as Stored, RecordError};
 use tokio::sync::oneshot;
 
 use super::Submit;
@@ -34,8 +36,6 @@ const RECORDS_BYTES_MAX: usize = 128 << 20;
 /// Longest a request waits for the daemon's record: about what tokenising a long history costs, doubled
 /// for an engine in the middle of a step.
 const FETCH_LIMIT: Duration = Duration::from_secs(2);
-/// Version of a record's bytes; another version is no record.
-const RECORD_VERSION: u32 = 1;
 /// More than any context has messages or cuts; a record that claims more is not ours.
 const RECORD_PARTS_MAX: usize = 1 << 20;
 
@@ -51,7 +51,7 @@ pub struct Cut {
     pub text_bytes: usize,
     /// Digest of that text.
     pub text_digest: [u8; 32],
-    /// Token ids of that text.
+    /// Token ids of that text, those included that a truncation has dropped since.
     pub tokens: usize,
 }
 
@@ -62,8 +62,10 @@ pub struct Record {
     pub messages: Vec<MessageDigest>,
     /// Ascending.
     pub cuts: Vec<Cut>,
-    /// Ids up to the last cut.
+    /// Ids up to the last cut, as far as they were not dropped.
     pub tokens: Vec<u32>,
+    /// How many ids truncations have taken out.
+    pub dropped: usize,
 }
 
 /// Why a turn could not go on from its conversation's last cut.
@@ -95,6 +97,8 @@ pub struct Resume {
     pub cuts: Vec<Cut>,
     /// Recorded ids up to that cut.
     pub tokens: Vec<u32>,
+    /// How many more there were before truncations.
+    pub dropped: usize,
     /// Why it was not the record's last.
     pub diverged: Option<Divergence>,
 }
@@ -122,6 +126,7 @@ impl Record {
         let matched = self.messages.iter().zip(messages).take_while(|(a, b)| a == b).count();
         let fits = |cut: &Cut| {
             cut.messages <= matched
+                && cut.tokens >= self.dropped
                 && rendered.is_char_boundary(cut.text_bytes)
                 && rendered
                     .get(..cut.text_bytes)
@@ -138,8 +143,9 @@ impl Record {
         } else {
             Some(Divergence::Edited)
         };
-        let tokens = cuts.last().map_or(Vec::new(), |cut| self.tokens[..cut.tokens].to_vec());
-        Resume { cuts, tokens, diverged }
+        let Some(last) = cuts.last() else { return Resume { diverged, ..Resume::default() } };
+        let tokens = self.tokens[..last.tokens - self.dropped].to_vec();
+        Resume { cuts, tokens, dropped: self.dropped, diverged }
     }
 
     /// The record after a turn: `messages` includes the reply, `rendered` ends with what of the reply
@@ -150,14 +156,14 @@ impl Record {
         rendered: &str,
         tokens: Vec<u32>,
     ) -> Self {
-        let mut cuts = resume.cuts;
+        let Resume { mut cuts, dropped, .. } = resume;
         cuts.push(Cut {
             messages: messages.len(),
             text_bytes: rendered.len(),
             text_digest: digest_text(rendered),
-            tokens: tokens.len(),
+            tokens: tokens.len() + dropped,
         });
-        Self { messages, cuts, tokens }
+        Self { messages, cuts, tokens, dropped }
     }
 
     fn size_bytes(&self) -> usize {
@@ -167,40 +173,35 @@ impl Record {
             + self.tokens.len() * size_of::<u32>()
     }
 
-    /// As the daemon keeps it: little-endian words, counts first.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.size_bytes());
+    /// As the daemon keeps it. The client's part: little-endian words, counts first.
+    pub fn to_bytes(&self, name: &Name, tokens_per_block: u16) -> Result<Vec<u8>, RecordError> {
+        let mut client = Vec::with_capacity(self.size_bytes());
         let word = |bytes: &mut Vec<u8>, value: usize| {
             bytes.extend_from_slice(&(value as u32).to_le_bytes());
         };
-        for count in
-            [RECORD_VERSION as usize, self.messages.len(), self.cuts.len(), self.tokens.len()]
-        {
-            word(&mut bytes, count);
-        }
-        self.messages.iter().for_each(|digest| bytes.extend_from_slice(digest));
+        word(&mut client, self.messages.len());
+        word(&mut client, self.cuts.len());
+        self.messages.iter().for_each(|digest| client.extend_from_slice(digest));
         for cut in &self.cuts {
-            word(&mut bytes, cut.messages);
-            word(&mut bytes, cut.text_bytes);
-            word(&mut bytes, cut.tokens);
-            bytes.extend_from_slice(&cut.text_digest);
+            word(&mut client, cut.messages);
+            word(&mut client, cut.text_bytes);
+            word(&mut client, cut.tokens);
+            client.extend_from_slice(&cut.text_digest);
         }
-        self.tokens.iter().for_each(|token| word(&mut bytes, *token as usize));
-        bytes
+        let (root, text) = (name.root, name.text.clone());
+        let stored = Stored::new(root, text, tokens_per_block, self.tokens.clone());
+        Stored { dropped_tokens: self.dropped as u32, client, ..stored }.encode()
     }
 
-    /// `None` for bytes that are no record of this version, whoever wrote them. `vocabulary` bounds the
-    /// ids.
+    /// `None` for bytes that are no record of ours, whoever wrote them. `vocabulary` bounds the ids.
     pub fn from_bytes(bytes: &[u8], vocabulary: usize) -> Option<Self> {
-        let mut left = bytes;
-        if word(&mut left)? != RECORD_VERSION as usize {
+        let stored = Stored::decode(bytes).ok()?;
+        let mut left = stored.client.as_slice();
+        let [messages, cuts] = [word(&mut left)?, word(&mut left)?];
+        if messages.max(cuts) > RECORD_PARTS_MAX {
             return None;
         }
-        let [messages, cuts, tokens] = [word(&mut left)?, word(&mut left)?, word(&mut left)?];
-        if messages.max(cuts).max(tokens) > RECORD_PARTS_MAX {
-            return None;
-        }
-        if left.len() != messages * 32 + cuts * (12 + 32) + tokens * 4 {
+        if left.len() != messages * 32 + cuts * (12 + 32) {
             return None; // Checked before anything of the claimed size is allocated.
         }
         let record = Self {
@@ -215,13 +216,13 @@ impl Record {
                     })
                 })
                 .collect::<Option<_>>()?,
-            tokens: (0..tokens).map(|_| Some(word(&mut left)? as u32)).collect::<Option<_>>()?,
+            tokens: stored.tokens,
+            dropped: stored.dropped_tokens as usize,
         };
         let ids_are_known = record.tokens.iter().all(|token| (*token as usize) < vocabulary);
-        let cuts_are_inside = record
-            .cuts
-            .iter()
-            .all(|cut| cut.tokens <= record.tokens.len() && cut.messages <= record.messages.len());
+        let tokens = record.tokens.len() + record.dropped;
+        let is_inside = |cut: &Cut| cut.tokens <= tokens && cut.messages <= record.messages.len();
+        let cuts_are_inside = record.cuts.iter().all(is_inside);
         (ids_are_known && cuts_are_inside).then_some(record)
     }
 }
@@ -244,6 +245,9 @@ fn word(left: &mut &[u8]) -> Option<usize> {
 #[derive(Debug, Clone)]
 pub struct Name {
     own: ConversationId,
+    root: RootKey,
+    /// As the client wrote it.
+    text: String,
     /// The unsalted one, for a request with a salt.
     public: Option<ConversationId>,
 }
@@ -251,6 +255,7 @@ pub struct Name {
 /// All records, here and with the daemon.
 pub struct Conversations {
     fingerprint: Fingerprint,
+    tokens_per_block: u16,
     vocabulary: usize,
     records: Mutex<Records>,
     submit: Submit,
@@ -265,16 +270,28 @@ impl std::fmt::Debug for Conversations {
 
 impl Conversations {
     /// No records yet.
-    pub fn new(fingerprint: [u8; 32], vocabulary: usize, submit: Submit, metrics: Metrics) -> Self {
-        let fingerprint = Fingerprint(fingerprint);
-        Self { fingerprint, vocabulary, records: Mutex::default(), submit, metrics }
+    pub fn new(
+        fingerprint: [u8; 32],
+        tokens_per_block: u16,
+        vocabulary: usize,
+        submit: Submit,
+        metrics: Metrics,
+    ) -> Self {
+        let (fingerprint, records) = (Fingerprint(fingerprint), Mutex::default());
+        Self { fingerprint, tokens_per_block, vocabulary, records, submit, metrics }
     }
 
     /// The name under which a request's conversation is recorded.
     pub fn name(&self, salt: &[u8], id: &str) -> Name {
-        let under =
-            |salt| ConversationId::new(&RootKey::new(&self.fingerprint, salt), id.as_bytes());
-        Name { own: under(salt), public: (!salt.is_empty()).then(|| under(b"")) }
+        let root = |salt: &[u8]| RootKey::new(&self.fingerprint, salt);
+        let under = |root: &RootKey| ConversationId::new(root, id.as_bytes());
+        let own = root(salt);
+        Name {
+            own: under(&own),
+            root: own,
+            text: id.to_owned(),
+            public: (!salt.is_empty()).then(|| under(&root(b""))),
+        }
     }
 
     /// The record to go on from, here or with the daemon.
@@ -294,13 +311,16 @@ impl Conversations {
 
     /// Records a turn, here and (best effort) with the daemon.
     pub fn put(&self, name: &Name, record: Record) {
-        let bytes = record.to_bytes();
+        let bytes = record.to_bytes(name, self.tokens_per_block);
         self.keep(name.own, Arc::new(record));
-        if bytes.len() > kv_protocol::layout::CONVERSATION_RECORD_BYTES_MAX as usize {
-            tracing::debug!(bytes = bytes.len(), "a record is too long for the cache daemon");
-            return;
-        }
-        let command = Command::PutConversation { id: name.own.0, record: bytes };
+        let record = match bytes {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                tracing::debug!(%error, "a record that the cache daemon does not take");
+                return;
+            }
+        };
+        let command = Command::PutConversation { id: name.own.0, record };
         if let Err(error) = (self.submit)(command) {
             tracing::debug!(%error, "a conversation's record was not stored");
         }
@@ -429,23 +449,55 @@ mod tests {
         assert_ne!(named(None, "ab"), named(Some("a"), "b"));
     }
 
+    fn bytes_of(record: &Record) -> Vec<u8> {
+        let root = RootKey([1; 32]);
+        let name = Name {
+            own: ConversationId::new(&root, b"chat"),
+            root,
+            text: "chat".into(),
+            public: None,
+        };
+        record.to_bytes(&name, 16).unwrap()
+    }
+
     #[test]
     fn a_record_comes_back_from_its_bytes() {
         let (_, record) = one_turn();
-        assert_eq!(Record::from_bytes(&record.to_bytes(), 10), Some(record));
+        let bytes = bytes_of(&record);
+        let stored = Stored::decode(&bytes).unwrap();
+        assert_eq!((stored.name.as_str(), stored.tokens.as_slice()), ("chat", &[1, 2, 3][..]));
+        assert_eq!(Record::from_bytes(&bytes, 10), Some(record));
+    }
+
+    #[test]
+    fn a_truncated_record_is_gone_on_from_without_what_was_dropped() {
+        let messages = vec![digest(&message("user", "u")), digest(&message("assistant", "a"))];
+        let tokens: Vec<u32> = (0..40).collect();
+        let record = Record::after(Resume::default(), messages.clone(), "[u] a", tokens);
+        let mut stored = Stored::decode(&bytes_of(&record)).unwrap();
+        stored.truncate(0, 1).unwrap();
+        let record = Record::from_bytes(&stored.encode().unwrap(), 100).unwrap();
+        let resume = record.resume(&messages, "[u] a [v]");
+        assert_eq!(resume.tokens, (16..40).collect::<Vec<u32>>());
+        let mut tokens = resume.tokens.clone();
+        tokens.extend([41, 42]);
+        let record = Record::after(resume, messages.clone(), "[u] a [v] b", tokens.clone());
+        assert_eq!(record.resume(&messages, "[u] a [v] b c").tokens, tokens);
     }
 
     #[test]
     fn bytes_that_are_no_record_are_refused() {
         let (_, record) = one_turn();
-        let good = record.to_bytes();
+        let good = bytes_of(&record);
         for length in 0..good.len() {
             assert_eq!(Record::from_bytes(&good[..length], 10), None, "cut at {length}");
         }
         assert_eq!(Record::from_bytes(&good, 3), None, "an id outside the vocabulary");
-        for at in 0..16 {
-            let mut bad = good.clone();
-            bad[at] ^= 0x80;
+        // Of the client's part, under a right checksum.
+        for at in 0..8 {
+            let mut bad = Stored::decode(&good).unwrap();
+            bad.client[at] ^= 0x80;
+            let bad = bad.encode().unwrap();
             assert_eq!(Record::from_bytes(&bad, 10), None, "a count changed at {at}");
         }
     }
