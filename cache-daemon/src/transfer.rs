@@ -24,8 +24,6 @@ use crate::tier::disk::{
 const READS_MAX: usize = 8;
 /// Blocks written at once.
 const WRITES_MAX: usize = 8;
-/// Share of the disk's bytes that blocks may take; the rest is for the log, garbage and records.
-const DISK_SHARE_PERCENT: u64 = 80;
 /// Garbage is reclaimed when files take this much more than blocks, in percent.
 const GARBAGE_PERCENT: u64 = 30;
 /// Below this much garbage reclaiming is not worth its reads.
@@ -150,7 +148,7 @@ impl Transfers {
             opened: false,
             retry: None,
             disk_state: if disk_bytes > 0 { DiskState::Opening } else { DiskState::None },
-            disk_bytes_max: disk_bytes / 100 * DISK_SHARE_PERCENT,
+            disk_bytes_max: disk_bytes / 100 * engine.stored_percent(),
             disk_bytes_fitting: u64::MAX,
             fitting_until_ms: None,
             stored_bytes: 0,
@@ -248,7 +246,7 @@ impl Transfers {
 
     /// Failed in a way that only a new worker can mend.
     pub(crate) fn is_beyond_recovery(&self) -> bool {
-        self.disk_state == DiskState::Failed && !(self.opened && self.engine.recovers())
+        self.disk_state == DiskState::Failed && !self.opened
     }
 
     pub(crate) fn can_write(&self) -> bool {
@@ -582,8 +580,7 @@ impl Store {
                 transfers.fitting_until_ms = None;
             }
         }
-        let may_recover = transfers.opened && transfers.engine.recovers();
-        if transfers.disk_state != DiskState::Failed || !may_recover {
+        if transfers.disk_state != DiskState::Failed || !transfers.opened {
             return;
         }
         let (at_ms, pause_ms) =
@@ -633,7 +630,7 @@ impl Store {
                 }
             }
             Done::ConversationPut { .. } => self.transfers.maintaining -= 1,
-            Done::Conversation { .. } | Done::Flushed => {} // The loop's own.
+            Done::Conversation { .. } | Done::Erased { .. } | Done::Flushed => {} // The loop's own.
         }
         None
     }

@@ -18,6 +18,7 @@ fn start(dir: &Path, frames: u64, more: &[&str]) -> Daemon {
 }
 
 const SLOTS: &str = "--disk-engine=slots";
+const SEGMENTS: &str = "--disk-engine=segments";
 const BLOBDB: &str = "--disk-engine=blobdb";
 
 #[test]
@@ -90,7 +91,7 @@ fn a_new_runtime_finds_what_the_old_one_left() {
 
 #[test]
 fn another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks() {
-    for engine in [SLOTS, BLOBDB] {
+    for engine in [SLOTS, SEGMENTS, BLOBDB] {
         another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks_on(engine);
     }
 }
@@ -115,7 +116,7 @@ fn another_geometry_formats_the_region_anew_and_the_disk_keeps_the_old_blocks_on
 
 #[test]
 fn blocks_and_records_survive_the_whole_daemon() {
-    for engine in [SLOTS, BLOBDB] {
+    for engine in [SLOTS, SEGMENTS, BLOBDB] {
         blocks_and_records_survive_the_whole_daemon_on(engine);
     }
 }
@@ -158,7 +159,7 @@ fn ask(driver: &mut Driver, id: ConversationId) -> Option<Vec<u8>> {
 
 #[test]
 fn sealed_blocks_survive_a_killed_supervisor() {
-    for engine in [SLOTS, BLOBDB] {
+    for engine in [SLOTS, SEGMENTS, BLOBDB] {
         sealed_blocks_survive_a_killed_supervisor_on(engine);
     }
 }
@@ -227,7 +228,7 @@ fn with_room_for_one_of_three_conversations_hints_bring_them_back_in_time() {
 
 #[test]
 fn a_full_disk_tier_drops_the_oldest() {
-    for engine in [SLOTS, BLOBDB] {
+    for engine in [SLOTS, SEGMENTS, BLOBDB] {
         a_full_disk_tier_drops_the_oldest_on(engine);
     }
 }

@@ -39,6 +39,6 @@ pub use layout::{AttachmentId, RegionLayout};
 pub use message::{Completion, MissReason, Submission};
 pub use record::Record;
 #[cfg(not(loom))]
-pub use region::{Mapping, Region, RegionError};
+pub use region::{Mapping, Region, RegionError, Span};
 pub use variant::{Accept, NumericsTag, Variant};
 pub use version::LayoutVersion;

@@ -145,6 +145,65 @@ impl Region {
         self.copy_out(offset, &mut copy);
         copy
     }
+
+    /// A part of it. Panics outside.
+    pub fn span(&self, offset: u64, bytes: u64) -> Span {
+        self.at(offset, bytes, 1);
+        Span { region: self.clone(), at: offset, bytes }
+    }
+}
+
+/// Consecutive bytes of a region, or private pages under the same rules: a block's payload on its way to
+/// or from a drive. Keeps the mapping alive.
+#[derive(Debug, Clone)]
+pub struct Span {
+    region: Region,
+    at: u64,
+    bytes: u64,
+}
+
+impl Span {
+    /// Zeroed private pages.
+    pub fn heap(bytes: u64) -> Self {
+        let heap = Heap::new(bytes as usize);
+        let region = Region { base: heap.base, mapping: Arc::new(heap), bytes };
+        region.span(0, bytes)
+    }
+
+    /// Length.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A part of it. Panics outside.
+    #[must_use]
+    pub fn part(&self, offset: u64, bytes: u64) -> Self {
+        self.check(offset, bytes);
+        Self { region: self.region.clone(), at: self.at + offset, bytes }
+    }
+
+    /// As [`Region::copy_out`].
+    pub fn copy_out(&self, offset: u64, to: &mut [u8]) {
+        self.check(offset, to.len() as u64);
+        self.region.copy_out(self.at + offset, to);
+    }
+
+    /// As [`Region::copy_in`].
+    pub fn copy_in(&self, offset: u64, from: &[u8]) {
+        self.check(offset, from.len() as u64);
+        self.region.copy_in(self.at + offset, from);
+    }
+
+    /// The first of [`Span::bytes`] bytes, for a system call that reads or writes them. They stay mapped,
+    /// readable and writable while this value lives; others may write them at any time.
+    pub fn address(&self) -> *mut u8 {
+        self.region.at(self.at, self.bytes, 1)
+    }
+
+    fn check(&self, offset: u64, bytes: u64) {
+        let end = offset.checked_add(bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes at {offset} of {self:?}");
+    }
 }
 
 impl fmt::Debug for Region {
@@ -210,6 +269,22 @@ mod tests {
             0x0102_0304_0506_0708
         );
         assert_eq!(region.read(FRAME_TABLE_AT + 6, 2), [2, 1]);
+    }
+
+    #[test]
+    fn a_part_of_a_span_is_the_same_memory() {
+        let region = Region::heap(FRAME_TABLE_AT + 4096);
+        let part = region.span(FRAME_TABLE_AT, 4096).part(100, 8);
+        part.copy_in(2, &[7, 8]);
+        assert_eq!(region.read(FRAME_TABLE_AT + 102, 2), [7, 8]);
+        assert_eq!(part.address().addr(), region.span(FRAME_TABLE_AT + 100, 1).address().addr());
+        assert!(Span::heap(5).address().addr().is_multiple_of(4096));
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes at")]
+    fn a_part_beyond_a_span_is_refused() {
+        let _ = Region::heap(FRAME_TABLE_AT).span(0, 16).part(8, 9);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::layout::{
     region_header,
 };
 use crate::message::{ArenaSpan, FrameHandle};
-use crate::region::Region;
+use crate::region::{Region, Span};
 use crate::ring::Ring;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::version::{LayoutVersion, UnknownVersion};
@@ -393,6 +393,11 @@ impl FrameTable {
     pub fn copy_in(&self, frame: FrameIndex, offset: u64, from: &[u8]) {
         self.check_span(offset, from.len());
         self.region.copy_in(self.layout.frame(frame) + offset, from);
+    }
+
+    /// The payload of a frame, without what fills its last page up.
+    pub fn payload(&self, frame: FrameIndex) -> Span {
+        self.region.span(self.layout.frame(frame), self.geometry().payload_bytes())
     }
 
     fn check_span(&self, offset: u64, bytes: usize) {

@@ -2,6 +2,8 @@
 //! block's bytes follow from its key, so one wrong byte anywhere is seen.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod faults;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -64,6 +66,17 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one in a folder, which keeps socket and disk tier.
     pub fn start(binary: &Path, dir: &Path, host_bytes: u64, more: &[&str]) -> Self {
+        Self::start_in(binary, dir, host_bytes, more, &[])
+    }
+
+    /// As `start`, with more variables in its environment.
+    pub fn start_in(
+        binary: &Path,
+        dir: &Path,
+        host_bytes: u64,
+        more: &[&str],
+        environment: &[(&str, &Path)],
+    ) -> Self {
         let socket = dir.join("daemon.sock");
         let http = {
             // Free now; taken by nobody else on a loopback address, as far as tests go.
@@ -77,6 +90,7 @@ impl Daemon {
             .arg(format!("--disk-dir={}", dir.join("disk").display()))
             .arg(format!("--http={http}"))
             .args(more)
+            .envs(environment.iter().copied())
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "error".into()))
             .stdin(Stdio::null())
             .spawn()

@@ -24,7 +24,7 @@ use clap::Parser;
 use colloquy_tests::figures::{cpu_name, figure, quantile, write_raw};
 use colloquy_tests::progress::Progress;
 use kv_protocol::geometry::LayerSet;
-use kv_protocol::{BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, RootKey};
+use kv_protocol::{BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, RootKey, Span};
 use runtime::cache_client::{
     Accept, CacheClient, CacheConfig, CacheEvent, Doorbell, Hint, NumericsTag, Query, SequenceTag,
     Variant,
@@ -79,7 +79,7 @@ fn fill(dir: &Path, conversations: usize, disk_bytes: u64) -> anyhow::Result<()>
     let geometry = geometry()?;
     let mut tier = Engine::Slots.open(dir, disk_bytes)?;
     tier.load(&mut |_| {}, &mut |_| {})?;
-    let payload_bytes = geometry.payload_bytes() as usize;
+    let zeros = Span::heap(geometry.payload_bytes());
     let row_checksum = crc32c::crc32c(&vec![0; geometry.row_bytes() as usize]);
     let mut progress = Progress::begin();
     let mut headers: Vec<BlockHeader> = Vec::with_capacity(GROUP_BLOCKS);
@@ -103,16 +103,12 @@ fn fill(dir: &Path, conversations: usize, disk_bytes: u64) -> anyhow::Result<()>
             parent = key;
         }
         if headers.len() + BLOCKS > GROUP_BLOCKS || number + 1 == conversations {
-            let copy = |to: &mut [u8]| {
-                to[..payload_bytes].fill(0);
-                true
-            };
             let blocks: Vec<NewBlock<'_>> = headers
                 .iter()
                 .enumerate()
                 .map(|(at, header)| {
                     let order = (written + at) as u64 + 1;
-                    NewBlock { geometry: &geometry, header, order, fill: &copy }
+                    NewBlock { geometry: &geometry, header, order, payload: &zeros }
                 })
                 .collect();
             for result in tier.write(&blocks) {

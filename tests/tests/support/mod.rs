@@ -103,6 +103,13 @@ impl Client {
         serde_json::from_str(&text).unwrap_or_default()
     }
 
+    /// Text of a page.
+    pub fn get(&self, path: &str) -> String {
+        let url = format!("{}{path}", self.base);
+        let mut answer = self.agent.get(url).call().expect("the runtime answers");
+        answer.body_mut().read_to_string().expect("text")
+    }
+
     /// A greedy answer of six tokens. A fresh salt finds nothing in any tier.
     pub fn ask(&self, prompt: &[u32], salt: &str) -> Answer {
         let reply = self.post(

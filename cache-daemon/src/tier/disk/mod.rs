@@ -8,10 +8,13 @@
 //!   checksums are also checked before a block is written.
 //! - A block is whole or absent, whenever the process dies.
 
+mod database;
 pub mod engine;
 pub mod none;
 pub mod rocks;
 pub mod slots;
+#[cfg(test)]
+mod tests;
 
 pub use engine::Engine;
 
@@ -23,7 +26,7 @@ use kv_protocol::message::FrameHandle;
 use kv_protocol::table::FrameTable;
 use kv_protocol::{
     BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason,
-    NumericsTag, RootKey, Variant,
+    NumericsTag, RootKey, Span, Variant,
 };
 
 /// Threads that read: 8 MB in flight with blocks of a megabyte, which keeps a drive busy.
@@ -36,6 +39,8 @@ pub const JOBS_MAX: usize = 256;
 /// blocks are never in memory twice.
 const FOUND_PART_BLOCKS: usize = 256;
 const FOUND_PARTS_MAX: usize = 8;
+/// Bytes copied before they are checked: what the checksum's three lanes take at once.
+const CHECKED_PIECE_BYTES: usize = 24 << 10;
 /// Blocks in one removal.
 pub const REMOVALS_MAX: usize = 256;
 
@@ -115,8 +120,7 @@ impl DiskError {
     }
 }
 
-/// A block to be written. `fill` copies its payload to where it is given and says whether the copy is
-/// what the header vouches for; it may run on any thread.
+/// A block to be written, from where it lies.
 pub struct NewBlock<'a> {
     /// Shape.
     pub geometry: &'a Geometry,
@@ -124,8 +128,15 @@ pub struct NewBlock<'a> {
     pub header: &'a BlockHeader,
     /// Of this write.
     pub order: u64,
-    /// See above.
-    pub fill: &'a (dyn Fn(&mut [u8]) -> bool + Sync),
+    /// Others may write these bytes at any time: what is stored is checked again when it is read.
+    pub payload: &'a Span,
+}
+
+impl NewBlock<'_> {
+    /// Whether the payload is what the header vouches for; engines ask before they store it.
+    pub fn is_right(&self) -> bool {
+        check_rows(self.header, self.geometry, self.payload)
+    }
 }
 
 /// A block that a restarted worker finds on disk: what the directory needs of its header.
@@ -195,10 +206,20 @@ pub trait DiskTier: Send + Sync {
     ) -> Result<u64, DiskError>;
     /// Stores blocks, each whole or not at all; one result a block.
     fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>>;
-    /// Gives header and payload to `sink`; `false` if there is no such block.
-    fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError>;
-    /// Forgets blocks.
+    /// Fills `payload` and gives the header back, if there is such a block of that shape. The rows are the
+    /// caller's to check, and so is who the block is; after an error `payload` holds anything.
+    fn read(
+        &self,
+        key: &BlockKey,
+        geometry: &Geometry,
+        payload: &Span,
+    ) -> Result<Option<BlockHeader>, DiskError>;
+    /// Forgets blocks; their bytes may stay until others need the room.
     fn remove(&self, keys: &[BlockKey]) -> Result<(), DiskError>;
+    /// Forgets blocks and records; no file of the store holds a byte of them when it returns, nor of
+    /// earlier copies. After an error the same call, made again, does what was left.
+    fn erase(&self, blocks: &[BlockKey], conversations: &[ConversationId])
+    -> Result<(), DiskError>;
     /// Stores a record.
     fn put_conversation(
         &self,
@@ -222,6 +243,15 @@ pub trait DiskTier: Send + Sync {
 
 /// [`Done::Maintained::what`] of a [`Job::Probe`].
 pub const PROBING: &str = "trying whether writes go through";
+
+/// What is to be gone from the medium.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Erasure {
+    /// Blocks, known or not.
+    pub blocks: Vec<BlockKey>,
+    /// Records.
+    pub conversations: Vec<ConversationId>,
+}
 
 /// Work for a disk thread.
 #[derive(Debug)]
@@ -266,6 +296,8 @@ pub enum Job {
     },
     /// Forget a record.
     RemoveConversation(ConversationId),
+    /// Forget blocks and records, and leave nothing of them on the medium.
+    Erase(Erasure),
     /// Give garbage back.
     Reclaim,
     /// Make everything durable.
@@ -327,6 +359,15 @@ pub enum Done {
         /// Which.
         what: &'static str,
         /// Why not.
+        error: Option<DiskError>,
+        /// After it.
+        usage: DiskUsage,
+    },
+    /// End of an erasure.
+    Erased {
+        /// What was asked for.
+        erasure: Erasure,
+        /// Why some of it may still be there: ask again.
         error: Option<DiskError>,
         /// After it.
         usage: DiskUsage,
@@ -581,6 +622,10 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
         Job::RemoveConversation(id) => {
             maintained("removing a record", tier.remove_conversation(&id))
         }
+        Job::Erase(erasure) => {
+            let error = tier.erase(&erasure.blocks, &erasure.conversations).err();
+            Done::Erased { erasure, error, usage: tier.usage() }
+        }
         Job::Reclaim => maintained("reclaiming space", tier.reclaim()),
         Job::Probe => maintained(PROBING, tier.probe()),
         Job::Flush => {
@@ -592,39 +637,30 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
     }
 }
 
-/// Copies frames, checks the copies against their headers, stores them.
+/// Stores what frames hold, if it is what their headers vouch for.
 fn write_blocks(tier: &dyn DiskTier, jobs: &[WriteJob]) -> Vec<Result<(), WriteFailure>> {
-    let header = |job: &WriteJob| {
+    let right = |job: &WriteJob| {
         let mut header = job.table.header(job.handle).ok()?;
         header.generation = Generation(0);
-        (header.key == job.key).then_some(header)
+        (header.key == job.key).then(|| (header, job.table.payload(job.handle.frame)))
     };
-    let headers: Vec<Option<BlockHeader>> = jobs.iter().map(header).collect();
-    let fill = |(job, header): (&'_ WriteJob, &'_ BlockHeader), payload: &mut [u8]| {
-        copy_rows(header, job.table.geometry(), payload, |at, row| {
-            job.table.copy_out(job.handle.frame, at, row);
-        })
-    };
-    let right = || jobs.iter().zip(&headers).filter_map(|(job, h)| Some((job, h.as_ref()?)));
-    let fills: Vec<_> = right().map(|both| move |payload: &mut [u8]| fill(both, payload)).collect();
-    let blocks: Vec<NewBlock<'_>> = right()
-        .zip(&fills)
-        .map(|((job, header), fill)| NewBlock {
-            geometry: job.table.geometry(),
-            header,
-            order: job.order,
-            fill,
-        })
-        .collect();
+    let found: Vec<Option<(BlockHeader, Span)>> = jobs.iter().map(right).collect();
+    let mut blocks = Vec::new();
+    for (job, found) in jobs.iter().zip(&found) {
+        let Some((header, payload)) = found else { continue };
+        let (geometry, order) = (job.table.geometry(), job.order);
+        blocks.push(NewBlock { geometry, header, order, payload });
+    }
     let mut results = tier.write(&blocks).into_iter();
-    let result = |header: &Option<BlockHeader>| match header {
+    let result = |found: &Option<_>| match found {
         Some(_) => results.next().expect("one result a block"),
         None => Err(WriteFailure::Checksum),
     };
-    headers.iter().map(result).collect()
+    found.iter().map(result).collect()
 }
 
-/// Reads a block, checks everything about it, copies it into a granted frame, header last.
+/// Reads a block straight into a granted frame, header last. Until the loop publishes the frame, and after
+/// a failed check for good, it is nobody's to read.
 fn read_block(
     tier: &dyn DiskTier,
     key: &BlockKey,
@@ -632,72 +668,57 @@ fn read_block(
     handle: FrameHandle,
     table: &FrameTable,
 ) -> Result<BlockHeader, MissReason> {
-    let geometry = table.geometry();
-    let header_bytes = BlockHeader::bytes(geometry);
-    let payload_bytes = geometry.payload_bytes() as usize;
-    let mut result = Err(MissReason::Checksum);
-    let mut take = |bytes: &[u8]| {
-        if bytes.len() != header_bytes + payload_bytes {
-            return; // Cut short, or of another shape.
-        }
-        let (header, payload) = bytes.split_at(header_bytes);
-        let Ok(mut header) = BlockHeader::decode(header, geometry) else { return };
-        if header.key != *key || header.root != *root {
-            result = Err(MissReason::Fingerprint);
-            return;
-        }
-        // The frame is nobody's to read before its header is written.
-        if !check_rows(&header, geometry, payload, |at, row| table.copy_in(handle.frame, at, row)) {
-            return;
-        }
-        header.generation = handle.generation;
-        table.write_header(handle.frame, &header);
-        result = Ok(header);
-    };
-    match tier.read(key, &mut take) {
-        Ok(true) => result,
-        Ok(false) => Err(MissReason::Evicted),
+    let payload = table.payload(handle.frame);
+    let mut header = read_checked(tier, key, root, table.geometry(), &payload)?;
+    header.generation = handle.generation;
+    table.write_header(handle.frame, &header);
+    Ok(header)
+}
+
+/// Reads a block into `payload` and checks everything about it there. After a miss `payload` holds anything.
+pub fn read_checked(
+    tier: &dyn DiskTier,
+    key: &BlockKey,
+    root: &RootKey,
+    geometry: &Geometry,
+    payload: &Span,
+) -> Result<BlockHeader, MissReason> {
+    let header = match tier.read(key, geometry, payload) {
+        Ok(Some(header)) => header,
+        Ok(None) => return Err(MissReason::Evicted),
         Err(error) => {
             tracing::warn!(%key, %error, "block not read");
             let is_wrong = matches!(error, DiskError::Corrupt { .. });
-            Err(if is_wrong { MissReason::Checksum } else { MissReason::Io })
+            return Err(if is_wrong { MissReason::Checksum } else { MissReason::Io });
         }
+    };
+    if header.key != *key || header.root != *root {
+        return Err(MissReason::Fingerprint);
     }
+    if !check_rows(&header, geometry, payload) {
+        return Err(MissReason::Checksum);
+    }
+    Ok(header)
 }
 
-/// Fills `payload` row by row through `copy`, which is told where a row begins, and checks each row while
-/// it is in the processor's cache. `false` at the first wrong one.
-pub fn copy_rows(
-    header: &BlockHeader,
-    geometry: &Geometry,
-    payload: &mut [u8],
-    mut copy: impl FnMut(u64, &mut [u8]),
-) -> bool {
-    let row_bytes = geometry.row_bytes() as usize;
-    let rows = payload.chunks_exact_mut(row_bytes);
-    rows.len() == header.checksums.len()
-        && rows.zip(&header.checksums).enumerate().all(|(number, (row, crc))| {
-            copy((number * row_bytes) as u64, row);
-            crc32c::crc32c(row) == *crc
-        })
-}
-
-/// Checks each row of `payload` and gives it, and where it begins, to `take` while it is in the
-/// processor's cache. `false` at the first wrong one.
-pub fn check_rows(
-    header: &BlockHeader,
-    geometry: &Geometry,
-    payload: &[u8],
-    mut take: impl FnMut(u64, &[u8]),
-) -> bool {
-    let row_bytes = geometry.row_bytes() as usize;
-    let rows = payload.chunks_exact(row_bytes);
-    rows.len() == header.checksums.len()
-        && rows.zip(&header.checksums).enumerate().all(|(number, (row, crc))| {
-            let is_right = crc32c::crc32c(row) == *crc;
-            if is_right {
-                take((number * row_bytes) as u64, row);
-            }
-            is_right
-        })
+/// Whether each row of a payload is what the header vouches for. Looks at private copies of small pieces,
+/// which stay in the processor's first cache: the bytes may change at any time, so no reference covers
+/// them.
+pub fn check_rows(header: &BlockHeader, geometry: &Geometry, payload: &Span) -> bool {
+    let row_bytes = geometry.row_bytes();
+    let rows = geometry.payload_bytes() / row_bytes;
+    if payload.bytes() != rows * row_bytes || header.checksums.len() as u64 != rows {
+        return false;
+    }
+    let mut piece = vec![0; CHECKED_PIECE_BYTES];
+    header.checksums.iter().zip(0..).all(|(crc, row)| {
+        let (mut found, mut at, end) = (0, row * row_bytes, (row + 1) * row_bytes);
+        while at < end {
+            let piece = &mut piece[..(end - at).min(CHECKED_PIECE_BYTES as u64) as usize];
+            payload.copy_out(at, piece);
+            found = crc32c::crc32c_append(found, piece);
+            at += piece.len() as u64;
+        }
+        found == *crc
+    })
 }

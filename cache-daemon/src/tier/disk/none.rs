@@ -1,6 +1,6 @@
 //! No disk: nothing is stored, nothing is found.
 
-use kv_protocol::{BlockKey, ConversationId};
+use kv_protocol::{BlockHeader, BlockKey, ConversationId, Geometry, Span};
 
 use super::{
     DiskError, DiskTier, DiskUsage, NewBlock, StoredBlock, StoredConversation, WriteFailure,
@@ -23,8 +23,21 @@ impl DiskTier for NoDisk {
         blocks.iter().map(|_| Err(WriteFailure::Disk(DiskError::Absent))).collect()
     }
 
-    fn read(&self, _key: &BlockKey, _sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
-        Ok(false)
+    fn read(
+        &self,
+        _key: &BlockKey,
+        _geometry: &Geometry,
+        _payload: &Span,
+    ) -> Result<Option<BlockHeader>, DiskError> {
+        Ok(None)
+    }
+
+    fn erase(
+        &self,
+        _blocks: &[BlockKey],
+        _conversations: &[ConversationId],
+    ) -> Result<(), DiskError> {
+        Ok(())
     }
 
     fn remove(&self, _keys: &[BlockKey]) -> Result<(), DiskError> {

@@ -5,29 +5,29 @@
 //! files, the default engine, do better). It is not synced at each write: a killed process loses
 //! nothing, a loss of power loses the newest blocks, and both leave a consistent index.
 
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
 
 use kv_protocol::geometry::GEOMETRY_BYTES;
-use kv_protocol::{BlockHeader, BlockKey, ConversationId, Geometry};
-use rocksdb::{
-    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, IteratorMode,
-    Options, WriteBatch, WriteOptions,
-};
+use kv_protocol::{BlockHeader, BlockKey, ConversationId, Geometry, Span};
+use rocksdb::{ColumnFamilyDescriptor, DB, DBCompressionType, IteratorMode, Options, WriteBatch};
 
+use super::database::{CONVERSATION, Database, Reading, database_options, encode_record};
+use super::slots::aside;
 use super::{
     DiskError, DiskTier, DiskUsage, Engine, NewBlock, StoredBlock, StoredConversation, WriteFailure,
 };
 
 const INDEX: &str = "index";
 const PAYLOAD: &str = "payload";
-const CONVERSATION: &str = "conversation";
 /// Version of the index entry, first in it.
 const ENTRY_VERSION: u32 = 1;
+/// Version of the store: in the default family, u32. Stores of the first version may lack it.
+const FORMAT_KEY: &[u8] = b"format";
+const FORMAT_VERSION: u32 = 1;
+/// In the default family, empty: written when a failed store is tried again.
+const PROBE_KEY: &[u8] = b"probe";
 /// version u32 ‖ reserved u32 ‖ order u64 ‖ geometry 64.
 const ENTRY_FIXED_BYTES: usize = 16 + GEOMETRY_BYTES;
-/// updated_ms u64 ‖ CRC32C of the record u32 ‖ reserved u32.
-const RECORD_FIXED_BYTES: usize = 16;
 /// Blob files are this share of the tier, so that whole files die as blocks leave in write order.
 const BLOB_FILE_SHARE: u64 = 32;
 const BLOB_FILE_BYTES_MAX: u64 = 256 << 20;
@@ -37,82 +37,110 @@ const WRITE_BUFFER_BYTES: usize = 32 << 20;
 /// Bounds the replay after a kill.
 const WAL_BYTES_MAX: u64 = 128 << 20;
 
-/// What both engines ask of a database: made when missing, whole up to the last good entry of its log, few
-/// threads, few and small logs of its own.
-pub fn database_options(wal_bytes_max: u64) -> Options {
-    let mut options = Options::default();
-    options.create_if_missing(true);
-    options.create_missing_column_families(true);
-    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-    options.set_max_total_wal_size(wal_bytes_max);
-    options.set_max_background_jobs(2);
-    options.set_keep_log_file_num(2);
-    options.set_max_log_file_size(1 << 20);
-    options
-}
-
 /// See the module.
 pub struct RocksTier {
-    dir: PathBuf,
-    db: DB,
-    /// The first failed write: the store takes no more of them ("poisoned"), reads go on.
-    failed: Mutex<Option<String>>,
+    database: Database,
+}
+
+fn open_database(dir: &Path, disk_bytes: u64) -> Result<DB, rocksdb::Error> {
+    let options = database_options(WAL_BYTES_MAX);
+    let small = || {
+        let mut options = Options::default();
+        options.set_compression_type(DBCompressionType::None);
+        options.set_write_buffer_size(8 << 20);
+        options
+    };
+    let mut blobs = small();
+    let blob_file_bytes =
+        (disk_bytes / BLOB_FILE_SHARE).clamp(BLOB_FILE_BYTES_MIN, BLOB_FILE_BYTES_MAX);
+    blobs.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    blobs.set_enable_blob_files(true);
+    blobs.set_min_blob_size(0); // Every payload, however small the model.
+    blobs.set_blob_file_size(blob_file_bytes);
+    blobs.set_blob_compression_type(DBCompressionType::None);
+    blobs.set_enable_blob_gc(true);
+    blobs.set_blob_gc_age_cutoff(1.0); // `reclaim` looks at all files, not at the oldest quarter.
+    blobs.set_blob_gc_force_threshold(0.5);
+    let families = vec![
+        ColumnFamilyDescriptor::new("default", small()),
+        ColumnFamilyDescriptor::new(INDEX, small()),
+        ColumnFamilyDescriptor::new(PAYLOAD, blobs),
+        ColumnFamilyDescriptor::new(CONVERSATION, small()),
+    ];
+    DB::open_cf_descriptors(&options, dir, families)
 }
 
 impl RocksTier {
     /// Opens or makes the store; `disk_bytes` sizes its files.
     pub fn open(dir: &Path, disk_bytes: u64) -> Result<Self, DiskError> {
-        let mut options = database_options(WAL_BYTES_MAX);
-        options.set_recycle_log_file_num(0);
-        let small = || {
-            let mut options = Options::default();
-            options.set_compression_type(DBCompressionType::None);
-            options.set_write_buffer_size(8 << 20);
-            options
+        let open = |dir: &Path| {
+            let open = move |dir: &Path| open_database(dir, disk_bytes);
+            Ok(Self { database: Database::open(dir, "store", false, open)? })
         };
-        let mut blobs = small();
-        let blob_file_bytes =
-            (disk_bytes / BLOB_FILE_SHARE).clamp(BLOB_FILE_BYTES_MIN, BLOB_FILE_BYTES_MAX);
-        blobs.set_write_buffer_size(WRITE_BUFFER_BYTES);
-        blobs.set_enable_blob_files(true);
-        blobs.set_min_blob_size(0); // Every payload, however small the model.
-        blobs.set_blob_file_size(blob_file_bytes);
-        blobs.set_blob_compression_type(DBCompressionType::None);
-        blobs.set_enable_blob_gc(true);
-        blobs.set_blob_gc_age_cutoff(1.0); // `reclaim` looks at all files, not at the oldest quarter.
-        blobs.set_blob_gc_force_threshold(0.5);
-        let families = vec![
-            ColumnFamilyDescriptor::new("default", small()),
-            ColumnFamilyDescriptor::new(INDEX, small()),
-            ColumnFamilyDescriptor::new(PAYLOAD, blobs),
-            ColumnFamilyDescriptor::new(CONVERSATION, small()),
-        ];
-        let dir = dir.to_owned();
-        let db = DB::open_cf_descriptors(&options, &dir, families).map_err(|error| {
-            DiskError::Database { dir: dir.clone(), what: "opening", message: error.to_string() }
-        })?;
-        Ok(Self { dir, db, failed: Mutex::new(None) })
-    }
-
-    fn family(&self, name: &str) -> &ColumnFamily {
-        self.db.cf_handle(name).expect("every family was opened by `open`")
-    }
-
-    fn error(&self, what: &'static str) -> impl Fn(rocksdb::Error) -> DiskError + '_ {
-        move |error| DiskError::Database { dir: self.dir.clone(), what, message: error.to_string() }
-    }
-
-    /// Writes a batch; after a failure no more are taken, since what RocksDB holds is then unknown.
-    fn apply(&self, what: &'static str, batch: WriteBatch) -> Result<(), DiskError> {
-        let mut failed = self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(message) = failed.clone() {
-            return Err(DiskError::Poisoned { message });
+        let tier: Self = open(dir)?;
+        let found = tier.version()?;
+        if matches!(found, None | Some(FORMAT_VERSION)) {
+            return tier.begin();
         }
-        self.db.write_opt(batch, &WriteOptions::default()).map_err(|error| {
-            *failed = Some(error.to_string());
-            self.error(what)(error)
-        })
+        let found = found.unwrap_or_default();
+        drop(tier);
+        set_aside(dir, found).map_err(|source| DiskError::Io {
+            what: "setting a store of another version aside",
+            source,
+        })?;
+        open(dir)?.begin()
     }
+
+    fn version(&self) -> Result<Option<u32>, DiskError> {
+        let found = self.database.reading()?.db().get(FORMAT_KEY);
+        let found = found.map_err(self.database.error("reading the format"))?;
+        Ok(found.map(|value| value.try_into().map_or(u32::MAX, u32::from_le_bytes)))
+    }
+
+    fn begin(self) -> Result<Self, DiskError> {
+        let version = FORMAT_VERSION.to_le_bytes();
+        self.apply("writing the format", |_, batch| batch.put(FORMAT_KEY, version))?;
+        Ok(self)
+    }
+
+    fn apply(
+        &self,
+        what: &'static str,
+        fill: impl FnOnce(&Reading<'_>, &mut WriteBatch),
+    ) -> Result<(), DiskError> {
+        self.database.apply(what, || Ok(()), fill)
+    }
+
+    fn write_one(&self, block: &NewBlock<'_>) -> Result<(), WriteFailure> {
+        if !block.is_right() {
+            return Err(WriteFailure::Checksum);
+        }
+        let (geometry, key) = (block.geometry, block.header.key.0);
+        let header = block.header.encode(geometry);
+        let mut record = vec![0; header.len() + block.payload.bytes() as usize];
+        record[..header.len()].copy_from_slice(&header);
+        block.payload.copy_out(0, &mut record[header.len()..]);
+        let written = self.apply("writing a block", |reading, batch| {
+            batch.put_cf(reading.family(PAYLOAD), key, &record);
+            let entry = encode_entry(geometry, &header, block.order);
+            batch.put_cf(reading.family(INDEX), key, entry);
+        });
+        written.map_err(WriteFailure::Disk)
+    }
+}
+
+/// Moves the files of a store that we do not know into a folder beside those of other engines.
+fn set_aside(dir: &Path, version: u32) -> std::io::Result<()> {
+    let aside = aside(&dir.join("blobdb"), &format!("version-{version}"));
+    tracing::warn!(version, ours = FORMAT_VERSION, to = %aside.display(), "store set aside");
+    std::fs::create_dir(&aside)?;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            std::fs::rename(entry.path(), aside.join(entry.file_name()))?;
+        }
+    }
+    std::fs::File::open(dir)?.sync_all()
 }
 
 fn encode_entry(geometry: &Geometry, header: &[u8], order: u64) -> Vec<u8> {
@@ -139,89 +167,87 @@ fn decode_entry(key: &[u8], entry: &[u8]) -> Option<StoredBlock> {
     (header.key.0 == key).then(|| StoredBlock::new(&header, &geometry, bytes, order))
 }
 
-/// Bytes of a conversation record, in this store and in the slots' index.
-pub fn encode_record(updated_ms: u64, record: &[u8]) -> Vec<u8> {
-    let mut value = Vec::with_capacity(RECORD_FIXED_BYTES + record.len());
-    value.extend_from_slice(&updated_ms.to_le_bytes());
-    value.extend_from_slice(&crc32c::crc32c(record).to_le_bytes());
-    value.extend_from_slice(&[0; 4]);
-    value.extend_from_slice(record);
-    value
-}
-
-/// Time and bytes of a record, if it is whole.
-pub fn decode_record(value: &[u8]) -> Option<(u64, &[u8])> {
-    let (fixed, record) = value.split_at_checked(RECORD_FIXED_BYTES)?;
-    let updated_ms = u64::from_le_bytes(fixed[0..8].try_into().ok()?);
-    let crc = u32::from_le_bytes(fixed[8..12].try_into().ok()?);
-    (crc32c::crc32c(record) == crc).then_some((updated_ms, record))
-}
-
 impl DiskTier for RocksTier {
     fn load(
         &mut self,
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
-        let (mut corrupt, mut count) = (WriteBatch::default(), 0);
-        for entry in self.db.iterator_cf(self.family(INDEX), IteratorMode::Start) {
-            let (key, value) = entry.map_err(self.error("reading the index"))?;
-            if let Some(stored) = decode_entry(&key, &value) {
-                block(stored);
-            } else {
-                count += 1;
-                corrupt.delete_cf(self.family(INDEX), &key);
-                corrupt.delete_cf(self.family(PAYLOAD), &key);
+        let mut corrupt = Vec::new();
+        {
+            let reading = self.database.reading()?;
+            for entry in reading.db().iterator_cf(reading.family(INDEX), IteratorMode::Start) {
+                let (key, value) = entry.map_err(self.database.error("reading the index"))?;
+                match decode_entry(&key, &value) {
+                    Some(stored) => block(stored),
+                    None => corrupt.push(key),
+                }
             }
         }
-        for entry in self.db.iterator_cf(self.family(CONVERSATION), IteratorMode::Start) {
-            let (key, value) = entry.map_err(self.error("reading conversations"))?;
-            let entry = (<[u8; 32]>::try_from(&*key), decode_record(&value));
-            if let (Ok(id), Some((updated_ms, record))) = entry {
-                let bytes = record.len() as u64;
-                conversation(StoredConversation { id: ConversationId(id), updated_ms, bytes });
-            } else {
-                count += 1;
-                corrupt.delete_cf(self.family(CONVERSATION), &key);
-            }
+        if !corrupt.is_empty() {
+            self.apply("removing corrupt entries", |reading, batch| {
+                for key in &corrupt {
+                    batch.delete_cf(reading.family(INDEX), key);
+                    batch.delete_cf(reading.family(PAYLOAD), key);
+                }
+            })?;
         }
-        if count > 0 {
-            self.apply("removing corrupt entries", corrupt)?;
-        }
-        Ok(count)
+        Ok(corrupt.len() as u64 + self.database.scan_records(|| Ok(()), conversation)?)
     }
 
     fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
-        let write = |block: &NewBlock<'_>| {
-            let (geometry, key) = (block.geometry, block.header.key.0);
-            let header = block.header.encode(geometry);
-            let mut record = vec![0; header.len() + geometry.payload_bytes() as usize];
-            record[..header.len()].copy_from_slice(&header);
-            if !(block.fill)(&mut record[header.len()..]) {
-                return Err(WriteFailure::Checksum);
-            }
-            let mut batch = WriteBatch::default();
-            batch.put_cf(self.family(PAYLOAD), key, &record);
-            batch.put_cf(self.family(INDEX), key, encode_entry(geometry, &header, block.order));
-            self.apply("writing a block", batch).map_err(WriteFailure::Disk)
-        };
-        blocks.iter().map(write).collect()
+        blocks.iter().map(|block| self.write_one(block)).collect()
     }
 
-    fn read(&self, key: &BlockKey, sink: &mut dyn FnMut(&[u8])) -> Result<bool, DiskError> {
-        let found = self.db.get_pinned_cf(self.family(PAYLOAD), key.0);
-        let Some(value) = found.map_err(self.error("reading a block"))? else { return Ok(false) };
-        sink(&value);
-        Ok(true)
+    /// Through a copy of RocksDB's own.
+    fn read(
+        &self,
+        key: &BlockKey,
+        geometry: &Geometry,
+        payload: &Span,
+    ) -> Result<Option<BlockHeader>, DiskError> {
+        let reading = self.database.reading()?;
+        let found = reading.db().get_pinned_cf(reading.family(PAYLOAD), key.0);
+        let Some(value) = found.map_err(self.database.error("reading a block"))? else {
+            return Ok(None);
+        };
+        let corrupt = |message| DiskError::Corrupt { what: "block", message };
+        let header_bytes = BlockHeader::bytes(geometry);
+        if value.len() as u64 != header_bytes as u64 + payload.bytes() {
+            return Err(corrupt(format!("it has {} bytes: cut short, or another's", value.len())));
+        }
+        let (header, bytes) = value.split_at(header_bytes);
+        let header = BlockHeader::decode(header, geometry);
+        let header = header.map_err(|error| corrupt(error.to_string()))?;
+        payload.copy_in(0, bytes);
+        Ok(Some(header))
     }
 
     fn remove(&self, keys: &[BlockKey]) -> Result<(), DiskError> {
-        let mut batch = WriteBatch::default();
-        for key in keys {
-            batch.delete_cf(self.family(INDEX), key.0);
-            batch.delete_cf(self.family(PAYLOAD), key.0);
-        }
-        self.apply("removing blocks", batch)
+        self.apply("removing blocks", |reading, batch| {
+            for key in keys {
+                batch.delete_cf(reading.family(INDEX), key.0);
+                batch.delete_cf(reading.family(PAYLOAD), key.0);
+            }
+        })
+    }
+
+    /// Rewrites all payloads: blob files hold what was removed until they are collected.
+    fn erase(
+        &self,
+        blocks: &[BlockKey],
+        conversations: &[ConversationId],
+    ) -> Result<(), DiskError> {
+        self.apply("erasing", |reading, batch| {
+            for key in blocks {
+                batch.delete_cf(reading.family(INDEX), key.0);
+                batch.delete_cf(reading.family(PAYLOAD), key.0);
+            }
+            for id in conversations {
+                batch.delete_cf(reading.family(CONVERSATION), id.0);
+            }
+        })?;
+        self.database.purge(if blocks.is_empty() { &[] } else { &[INDEX, PAYLOAD] }, conversations)
     }
 
     fn put_conversation(
@@ -230,137 +256,106 @@ impl DiskTier for RocksTier {
         updated_ms: u64,
         record: &[u8],
     ) -> Result<(), DiskError> {
-        let mut batch = WriteBatch::default();
-        batch.put_cf(self.family(CONVERSATION), id.0, encode_record(updated_ms, record));
-        self.apply("writing a conversation record", batch)
+        self.apply("writing a conversation record", |reading, batch| {
+            batch.put_cf(reading.family(CONVERSATION), id.0, encode_record(updated_ms, record));
+        })
     }
 
     fn get_conversation(&self, id: &ConversationId) -> Result<Option<Vec<u8>>, DiskError> {
-        let value = self.db.get_pinned_cf(self.family(CONVERSATION), id.0);
-        let value = value.map_err(self.error("reading a conversation record"))?;
-        Ok(value.and_then(|value| decode_record(&value).map(|(_, record)| record.to_vec())))
+        self.database.get_record(id)
     }
 
     fn remove_conversation(&self, id: &ConversationId) -> Result<(), DiskError> {
-        let mut batch = WriteBatch::default();
-        batch.delete_cf(self.family(CONVERSATION), id.0);
-        self.apply("removing a conversation record", batch)
+        self.apply("removing a conversation record", |reading, batch| {
+            batch.delete_cf(reading.family(CONVERSATION), id.0);
+        })
     }
 
     fn usage(&self) -> DiskUsage {
-        let property = |family, name| {
-            self.db.property_int_value_cf(self.family(family), name).ok().flatten().unwrap_or(0)
-        };
-        let mut physical_bytes = property(PAYLOAD, "rocksdb.total-blob-file-size");
+        let Ok(reading) = self.database.reading() else { return DiskUsage::default() };
+        let mut physical_bytes = reading.property(PAYLOAD, "rocksdb.total-blob-file-size");
         for family in [INDEX, PAYLOAD, CONVERSATION] {
-            physical_bytes += property(family, "rocksdb.total-sst-files-size");
-            physical_bytes += property(family, "rocksdb.cur-size-all-mem-tables");
+            physical_bytes += reading.property(family, "rocksdb.total-sst-files-size");
+            physical_bytes += reading.property(family, "rocksdb.cur-size-all-mem-tables");
         }
         DiskUsage { physical_bytes, direct_io: false }
     }
 
     fn reclaim(&self) -> Result<(), DiskError> {
-        self.db.flush_cf(self.family(PAYLOAD)).map_err(self.error("flushing payloads"))?;
-        self.db.compact_range_cf(self.family(PAYLOAD), None::<&[u8]>, None::<&[u8]>);
+        let reading = self.database.reading()?;
+        let flushed = reading.db().flush_cf(reading.family(PAYLOAD));
+        flushed.map_err(self.database.error("flushing payloads"))?;
+        reading.db().compact_range_cf(reading.family(PAYLOAD), None::<&[u8]>, None::<&[u8]>);
         Ok(())
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        self.db.flush_wal(true).map_err(self.error("syncing the log"))
+        let reading = self.database.reading()?;
+        reading.db().flush_wal(true).map_err(self.database.error("syncing the log"))
     }
 
-    /// A failed database stays so: the worker opens it anew.
+    /// Opens the database again and tries a write.
     fn probe(&self) -> Result<(), DiskError> {
-        let failed = self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        failed.clone().map_or(Ok(()), |message| Err(DiskError::Poisoned { message }))
+        self.database.reopen()?;
+        self.apply("trying a write", |_, batch| batch.put(PROBE_KEY, []))?;
+        self.flush()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tier::disk::tests::{TestBlock, block_of, write_all};
     use kv_protocol::geometry::LayerSet;
-    use kv_protocol::{Dtype, Fingerprint, Generation, NumericsTag, RootKey, Variant};
+    use kv_protocol::{Dtype, Variant};
 
     fn geometry() -> Geometry {
         Geometry::new(4, 2, 1, 4, Dtype::F16, LayerSet::all(2)).unwrap()
     }
 
-    fn header(tokens: &[u32], payload: &[u8]) -> BlockHeader {
-        let root = RootKey::new(&Fingerprint([1; 32]), b"");
-        let rows = payload.chunks_exact(geometry().row_bytes() as usize);
-        BlockHeader {
-            key: BlockKey::child(&root.as_parent(), tokens),
-            parent: root.as_parent(),
-            root,
-            variant: Variant::Exact,
-            numerics: NumericsTag::of("test"),
-            generation: Generation(0),
-            created_ms: 1,
-            tokens: tokens.to_vec(),
-            checksums: rows.map(crc32c::crc32c).collect(),
-        }
+    fn write(tier: &RocksTier, number: u32) -> TestBlock {
+        let block = block_of(&geometry(), number, Variant::Exact);
+        assert_eq!(write_all(tier, &geometry(), std::slice::from_ref(&block), 1), [true]);
+        block
     }
 
-    fn write(tier: &RocksTier, tokens: &[u32], order: u64) -> BlockHeader {
-        let payload = vec![tokens[0] as u8; geometry().payload_bytes() as usize];
-        let header = header(tokens, &payload);
-        let fill = |to: &mut [u8]| {
-            to.copy_from_slice(&payload);
-            true
-        };
-        let block = NewBlock { geometry: &geometry(), header: &header, order, fill: &fill };
-        assert!(tier.write(&[block])[0].is_ok());
-        header
-    }
-
-    fn load(tier: &mut RocksTier) -> (Vec<StoredBlock>, u64) {
-        let mut blocks = Vec::new();
-        let corrupt = tier.load(&mut |block| blocks.push(block), &mut |_| {}).unwrap();
-        (blocks, corrupt)
-    }
-
-    #[test]
-    fn blocks_and_records_survive_a_reopen() {
-        let dir = tempfile::tempdir().unwrap();
-        let id = ConversationId([9; 32]);
-        let header = {
-            let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
-            tier.put_conversation(&id, 7, b"record").unwrap();
-            write(&tier, &[1, 2, 3, 4], 5)
-        };
-        let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
-        let (blocks, corrupt) = load(&mut tier);
-        assert_eq!((blocks.len(), corrupt), (1, 0));
-        assert_eq!((blocks[0].key, blocks[0].order), (header.key, 5));
-        let mut bytes = Vec::new();
-        assert!(tier.read(&header.key, &mut |value| bytes = value.to_vec()).unwrap());
-        let (_, payload) = bytes.split_at(BlockHeader::bytes(&geometry()));
-        assert!(super::super::check_rows(&header, &geometry(), payload, |_, _| {}));
-        assert_eq!(tier.get_conversation(&id).unwrap().as_deref(), Some(&b"record"[..]));
-    }
-
-    #[test]
-    fn a_removed_block_is_gone_from_index_and_payload() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
-        let header = write(&tier, &[1], 1);
-        tier.remove(&[header.key]).unwrap();
-        assert!(!tier.read(&header.key, &mut |_| {}).unwrap());
-        assert!(load(&mut tier).0.is_empty());
+    fn change(tier: &RocksTier, family: &str, key: &[u8], change: impl Fn(&mut Vec<u8>)) {
+        let reading = tier.database.reading().unwrap();
+        let mut value = reading.db().get_cf(reading.family(family), key).unwrap().unwrap();
+        change(&mut value);
+        reading.db().put_cf(reading.family(family), key, value).unwrap();
     }
 
     #[test]
     fn a_torn_index_entry_is_dropped_and_counted() {
         let dir = tempfile::tempdir().unwrap();
         let mut tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
-        let good = write(&tier, &[1], 1);
-        let torn = write(&tier, &[2], 2);
-        let entry = tier.db.get_cf(tier.family(INDEX), torn.key.0).unwrap().unwrap();
-        tier.db.put_cf(tier.family(INDEX), torn.key.0, &entry[..entry.len() / 2]).unwrap();
-        let (blocks, corrupt) = load(&mut tier);
-        assert_eq!((blocks.len(), corrupt), (1, 1));
-        assert_eq!(blocks[0].key, good.key);
+        let (good, torn) = (write(&tier, 1), write(&tier, 2));
+        change(&tier, INDEX, &torn.header.key.0, |entry| entry.truncate(entry.len() / 2));
+        let mut blocks = Vec::new();
+        let corrupt = tier.load(&mut |block| blocks.push(block.key), &mut |_| {}).unwrap();
+        assert_eq!((blocks, corrupt), (vec![good.header.key], 1));
+    }
+
+    #[test]
+    fn a_store_of_an_unknown_version_is_set_aside_and_one_without_a_version_is_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || RocksTier::open(dir.path(), 1 << 24).unwrap();
+        let blocks = |mut tier: RocksTier| {
+            let mut blocks = 0;
+            tier.load(&mut |_| blocks += 1, &mut |_| {}).unwrap();
+            blocks
+        };
+        let tier = open();
+        write(&tier, 1);
+        tier.apply("a test", |_, batch| batch.delete(FORMAT_KEY)).unwrap();
+        drop(tier);
+        assert_eq!(blocks(open()), 1, "as the first builds left it");
+        change(&open(), "default", FORMAT_KEY, |version| version[0] = 77);
+        assert_eq!(blocks(open()), 0);
+        assert!(dir.path().join("blobdb.version-77-1/CURRENT").exists());
+        write(&open(), 2);
+        assert_eq!(blocks(open()), 1, "the new store goes on");
     }
 
     #[test]
@@ -369,9 +364,7 @@ mod tests {
         let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
         let id = ConversationId([9; 32]);
         tier.put_conversation(&id, 7, b"record").unwrap();
-        let mut value = tier.db.get_cf(tier.family(CONVERSATION), id.0).unwrap().unwrap();
-        *value.last_mut().unwrap() ^= 1;
-        tier.db.put_cf(tier.family(CONVERSATION), id.0, value).unwrap();
+        change(&tier, CONVERSATION, &id.0, |record| *record.last_mut().unwrap() ^= 1);
         assert_eq!(tier.get_conversation(&id).unwrap(), None);
     }
 
@@ -380,23 +373,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
         let wide = Geometry::new(64, 16, 4, 64, Dtype::F16, LayerSet::all(16)).unwrap();
-        let payload = vec![7; wide.payload_bytes() as usize];
-        let mut keys = Vec::new();
-        for number in 0..8 {
-            let mut header = header(&[number], &[]);
-            header.checksums = vec![0; 16];
-            let fill = |to: &mut [u8]| {
-                to.copy_from_slice(&payload);
-                true
-            };
-            let block =
-                NewBlock { geometry: &wide, header: &header, order: number.into(), fill: &fill };
-            assert!(tier.write(&[block])[0].is_ok());
-            keys.push(header.key);
-        }
+        let blocks: Vec<_> = (0..8).map(|n| block_of(&wide, n, Variant::Exact)).collect();
+        assert_eq!(write_all(&tier, &wide, &blocks, 1), [true; 8]);
         tier.reclaim().unwrap();
         let before = tier.usage().physical_bytes;
-        tier.remove(&keys[..6]).unwrap();
+        let keys: Vec<_> = blocks[..6].iter().map(|block| block.header.key).collect();
+        tier.remove(&keys).unwrap();
         tier.reclaim().unwrap();
         let after = tier.usage().physical_bytes;
         assert!(after < before / 2, "{before} bytes before, {after} after");

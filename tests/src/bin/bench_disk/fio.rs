@@ -14,8 +14,20 @@ pub enum Work {
     Mixed,
 }
 
+/// How fio keeps bytes in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// One thread, many requests: what figures are measured against.
+    Libaio,
+    /// As the daemon does: a thread a request.
+    Threads,
+    /// One thread, many requests in a ring.
+    IoUring,
+}
+
 /// One pass of fio over a file; bytes a second of its reads, or of its writes.
 pub fn pass(
+    way: Way,
     file: &Path,
     work: Work,
     file_bytes: u64,
@@ -27,14 +39,25 @@ pub fn pass(
         Work::Write => "randwrite",
         Work::Mixed => "randrw",
     };
+    let bytes = file_bytes / block_bytes * block_bytes;
+    let way = match way {
+        Way::Libaio => vec!["--ioengine=libaio".to_owned(), format!("--iodepth={depth}")],
+        Way::IoUring => vec!["--ioengine=io_uring".to_owned(), format!("--iodepth={depth}")],
+        Way::Threads => {
+            let share = (bytes / depth as u64 / block_bytes).max(1) * block_bytes;
+            let threads = ["--ioengine=psync", "--thread", "--group_reporting"].map(str::to_owned);
+            let shares = [format!("--numjobs={depth}"), format!("--io_size={share}")];
+            threads.into_iter().chain(shares).collect()
+        }
+    };
     let output = Command::new("fio")
-        .args(["--name=pass", "--direct=1", "--ioengine=libaio", "--output-format=json"])
+        .args(["--name=pass", "--direct=1", "--output-format=json"])
+        .args(way)
         .args(["--refill_buffers", "--end_fsync=1", "--rwmixread=70", "--allow_file_create=1"])
         .arg(format!("--filename={}", file.display()))
         .arg(format!("--rw={rw}"))
-        .arg(format!("--size={}", file_bytes / block_bytes * block_bytes))
+        .arg(format!("--size={bytes}"))
         .arg(format!("--bs={block_bytes}"))
-        .arg(format!("--iodepth={depth}"))
         .output()
         .context("fio did not start: install it (Debian: apt-get install fio)")?;
     let problem = String::from_utf8_lossy(&output.stderr);

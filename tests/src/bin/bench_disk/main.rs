@@ -22,14 +22,19 @@ use clap::Parser;
 use colloquy_tests::figures::{figure, median, write_raw};
 use serde_json::json;
 
-use fio::Work;
+use fio::{Way, Work};
 use store::{Blocks, STORES, Store, allocated, forget_cached};
 
 /// Bytes in flight: with large blocks fewer of them.
 const IN_FLIGHT_BYTES: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
-/// The size that the figures are of.
+/// The engine that the figures are of, and the size.
+const SLOTS: &str = STORES[0];
 const FIGURE_MIB: u64 = 8;
+
+/// Names of fio's ways; the first is what figures are measured against.
+const FIO: [(&str, Way); 3] =
+    [("fio", Way::Libaio), ("threads", Way::Threads), ("io_uring", Way::IoUring)];
 
 /// Compares the disk tier's engines with fio.
 #[derive(Debug, Parser)]
@@ -132,20 +137,26 @@ fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passe
     }
     let fio_file = dir.join("fio");
     let fio_bytes = stores[0].1.live_max() as u64 * block;
-    let fio = |work| fio::pass(&fio_file, work, fio_bytes, block, depth);
-    fio(Work::Write)?;
+    let fio = |way, work| fio::pass(way, &fio_file, work, fio_bytes, block, depth);
+    fio(Way::Libaio, Work::Write)?;
     let mut passes = Passes::new();
     for round in 0..flags.rounds as u64 {
         let mut note = |work, name, rate| passes.entry((work, name)).or_default().push(rate);
-        note("read", "fio", fio(Work::Read)?);
+        for (name, way) in FIO {
+            note("read", name, fio(way, Work::Read)?);
+        }
         for (name, store) in &stores {
             note("read", name, read_pass(store, &folder(name), block, depth, round)?);
         }
-        note("write", "fio", fio(Work::Write)?);
+        for (name, way) in FIO {
+            note("write", name, fio(way, Work::Write)?);
+        }
         for (name, store) in &stores {
             note("write", name, write_pass(store, block)?);
         }
-        note("read under 30 % writes", "fio", fio(Work::Mixed)?);
+        for (name, way) in FIO {
+            note("read under 30 % writes", name, fio(way, Work::Mixed)?);
+        }
         for (name, store) in &stores {
             let rate = mixed_pass(store, &folder(name), block, depth, round)?;
             note("read under 30 % writes", name, rate);
@@ -202,19 +213,23 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let mut raw = Vec::new();
     println!("GB/s, median of {} passes over {} MiB", flags.rounds, flags.mib);
-    println!("{:>6}  {:24}{:>8}{:>8}{:>8}{:>8}", "MiB", "", "fio", "slots", "blobdb", "files");
+    let names: Vec<&str> = FIO.into_iter().map(|(name, _)| name).chain(STORES).collect();
+    let columns = names.iter().map(|name| format!("{name:>10}")).collect::<Vec<_>>().concat();
+    println!("{:>6}  {:24}{columns}", "MiB", "");
     for block_mib in &flags.block_mib {
         let passes = throughput(&flags, &dir, *block_mib)?;
         for work in ["read", "write", "read under 30 % writes"] {
-            let rates =
-                ["fio", "slots", "blobdb", "files"].map(|name| median(&passes[&(work, name)]));
-            let columns = rates.map(|rate| format!("{:>8.2}", rate / 1e9)).concat();
+            let rates: Vec<f64> =
+                names.iter().map(|name| median(&passes[&(work, *name)])).collect();
+            let columns = rates.iter().map(|rate| format!("{:>10.2}", rate / 1e9));
+            let columns = columns.collect::<Vec<_>>().concat();
             println!("{block_mib:>6}  {work:24}{columns}");
+            let of = |name| median(&passes[&(work, name)]);
             if *block_mib == FIGURE_MIB {
                 match work {
-                    "read" => figure("disk_read_vs_fio", rates[1] / rates[0], "ratio"),
-                    "write" => figure("disk_write_vs_fio", rates[1] / rates[0], "ratio"),
-                    _ => figure("disk_mixed_read_vs_fio", rates[1] / rates[0], "ratio"),
+                    "read" => figure("disk_read_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
+                    "write" => figure("disk_write_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
+                    _ => figure("disk_mixed_read_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
                 }
             }
         }
@@ -228,7 +243,7 @@ fn main() -> anyhow::Result<()> {
     for name in STORES {
         let (write, space) = amplification(&flags, &dir, name)?;
         println!("{name}: write amplification {write:.3}, space amplification {space:.3}");
-        if name == "slots" {
+        if name == SLOTS {
             figure("write_amplification", write, "ratio");
             figure("space_amplification", space, "ratio");
         }

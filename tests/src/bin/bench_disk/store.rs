@@ -8,23 +8,31 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, bail, ensure};
-use cache_daemon::tier::disk::{DiskTier, Engine, GROUP_MAX, NewBlock, check_rows, copy_rows};
+use cache_daemon::shm::map;
+use cache_daemon::tier::disk::{
+    DiskTier, Engine, GROUP_MAX, NewBlock, READERS, check_rows, read_checked,
+};
 use kv_protocol::geometry::LayerSet;
+use kv_protocol::table::RegionView;
 use kv_protocol::{
-    BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, NumericsTag, RootKey, Variant,
+    BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, NumericsTag, RootKey, Span,
+    Variant, layout,
 };
 
 /// Payloads that differ, so that no drive finds the same bytes again and again.
 const PAYLOADS: usize = 4;
 /// Bytes of a row (one layer of a block): as Llama-3.1-8B has them, or all of a smaller block.
 const ROW_BYTES: u64 = 256 << 10;
-/// Share of the tier that the daemon lets blocks take.
+/// Share of the tier that one file per block takes, as the daemon lets its engines.
 const STORED_PERCENT: u64 = 80;
 
-/// Blocks of one size.
+/// Blocks of one size, in frames of a region as a daemon has it.
 pub struct Blocks {
     pub geometry: Geometry,
-    payloads: Vec<(Vec<u8>, Vec<u32>)>,
+    /// Payloads and their checksums.
+    payloads: Vec<(Span, Vec<u32>)>,
+    /// To be read into, one a thread.
+    frames: Vec<Span>,
 }
 
 impl Blocks {
@@ -33,26 +41,36 @@ impl Blocks {
         let rows = (bytes / ROW_BYTES) as u16;
         let geometry = Geometry::new(64, rows, 8, 128, Dtype::F16, LayerSet::all(rows))?;
         ensure!(geometry.payload_bytes() == bytes, "{bytes} is not a whole number of rows");
-        let payload = |number: usize| {
+        let frames = (PAYLOADS + READERS) as u64;
+        let frame_bytes = layout::FRAME_ENTRY_BYTES
+            + BlockHeader::bytes(&geometry) as u64
+            + geometry.frame_bytes();
+        let region_bytes = layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame_bytes;
+        let memfd = map::create(region_bytes)?;
+        map::fault_extent(&memfd, 0, region_bytes)?;
+        let table = RegionView::new(map::map(&memfd)?).format(geometry)?;
+        let mut frames: Vec<Span> = table.frames().map(|frame| table.payload(frame)).collect();
+        let payload = |(number, span): (usize, Span)| {
             let mut payload = vec![0; bytes as usize];
             blake3::Hasher::new_keyed(&[number as u8; 32]).finalize_xof().fill(&mut payload);
+            span.copy_in(0, &payload);
             let rows = payload.chunks_exact(ROW_BYTES as usize);
-            let checksums = rows.map(crc32c::crc32c).collect();
-            (payload, checksums)
+            (span, rows.map(crc32c::crc32c).collect())
         };
-        Ok(Self { geometry, payloads: (0..PAYLOADS).map(payload).collect() })
+        let payloads = frames.drain(..PAYLOADS).enumerate().map(payload).collect();
+        Ok(Self { geometry, payloads, frames })
     }
 
     pub fn bytes(&self) -> u64 {
         self.geometry.payload_bytes()
     }
 
-    fn payload(&self, number: u32) -> &[u8] {
+    fn payload(&self, number: u32) -> &Span {
         &self.payloads[number as usize % PAYLOADS].0
     }
 
     fn header(&self, number: u32) -> BlockHeader {
-        let root = RootKey::new(&Fingerprint([1; 32]), b"");
+        let root = root();
         let parent = root.as_parent();
         let tokens: Vec<u32> = (0..64).map(|token| number * 64 + token).collect();
         BlockHeader {
@@ -67,6 +85,10 @@ impl Blocks {
             checksums: self.payloads[number as usize % PAYLOADS].1.clone(),
         }
     }
+}
+
+fn root() -> RootKey {
+    RootKey::new(&Fingerprint([1; 32]), b"")
 }
 
 enum Kind {
@@ -84,7 +106,7 @@ pub struct Store<'a> {
 }
 
 /// What of it is measured under which name.
-pub const STORES: [&str; 3] = ["slots", "blobdb", "files"];
+pub const STORES: [&str; 4] = ["slots", "segments", "blobdb", "files"];
 
 impl<'a> Store<'a> {
     /// An empty store of one of [`STORES`] in an empty folder.
@@ -97,6 +119,7 @@ impl<'a> Store<'a> {
         std::fs::create_dir_all(dir)?;
         let kind = match name {
             "slots" => Kind::Tier(Engine::Slots, Engine::Slots.open(dir, disk_bytes)?),
+            "segments" => Kind::Tier(Engine::Segments, Engine::Segments.open(dir, disk_bytes)?),
             "blobdb" => Kind::Tier(Engine::BlobDb, Engine::BlobDb.open(dir, disk_bytes)?),
             _ => Kind::Files(dir.to_owned()),
         };
@@ -104,7 +127,11 @@ impl<'a> Store<'a> {
             Kind::Tier(engine, _) => engine.block_bytes(&blocks.geometry),
             Kind::Files(_) => blocks.bytes(),
         };
-        let live_max = (disk_bytes / 100 * STORED_PERCENT / block_bytes) as usize;
+        let percent = match &kind {
+            Kind::Tier(engine, _) => engine.stored_percent(),
+            Kind::Files(_) => STORED_PERCENT,
+        };
+        let live_max = (disk_bytes / 100 * percent / block_bytes) as usize;
         ensure!(live_max > 2 * GROUP_MAX || blocks.bytes() > 8 << 20, "give --bytes more");
         Ok(Self { blocks, kind, live: Mutex::default(), next: Mutex::new(0), live_max })
     }
@@ -161,29 +188,17 @@ impl<'a> Store<'a> {
 
     fn write_tier(&self, tier: &dyn DiskTier, numbers: &[u32]) -> anyhow::Result<()> {
         let headers: Vec<_> = numbers.iter().map(|number| self.blocks.header(*number)).collect();
-        let fill = |number: u32, header: &BlockHeader, to: &mut [u8]| {
-            let payload = self.blocks.payload(number);
-            copy_rows(header, &self.blocks.geometry, to, |at, row| {
-                row.copy_from_slice(&payload[at as usize..][..row.len()]);
-            })
-        };
-        let fills: Vec<_> = numbers
+        let blocks: Vec<NewBlock<'_>> = headers
             .iter()
-            .zip(&headers)
-            .map(|(number, header)| move |to: &mut [u8]| fill(*number, header, to))
-            .collect();
-        let new: Vec<_> = headers
-            .iter()
-            .zip(&fills)
             .zip(numbers)
-            .map(|((header, fill), number)| NewBlock {
+            .map(|(header, number)| NewBlock {
                 geometry: &self.blocks.geometry,
                 header,
                 order: u64::from(*number) + 1,
-                fill,
+                payload: self.blocks.payload(*number),
             })
             .collect();
-        for result in tier.write(&new) {
+        for result in tier.write(&blocks) {
             if let Err(failure) = result {
                 bail!("a block was not written: {failure:?}");
             }
@@ -193,33 +208,36 @@ impl<'a> Store<'a> {
 
     fn write_file(&self, dir: &Path, number: u32) -> anyhow::Result<()> {
         let header = self.blocks.header(number);
-        ensure!(check_rows(&header, &self.blocks.geometry, self.blocks.payload(number), |_, _| {}));
+        let payload = self.blocks.payload(number);
+        ensure!(check_rows(&header, &self.blocks.geometry, payload), "a frame is wrong");
+        let mut bytes = vec![0; payload.bytes() as usize];
+        payload.copy_out(0, &mut bytes);
         let (new, path) = (dir.join("new"), dir.join(number.to_string()));
         let mut file = File::create(&new)?;
         file.write_all(&header.encode(&self.blocks.geometry))?;
-        file.write_all(self.blocks.payload(number))?;
+        file.write_all(&bytes)?;
         file.sync_data()?;
         Ok(std::fs::rename(new, path)?)
     }
 
     /// Reads a block into `frame`, checked as the daemon checks it.
-    fn read(&self, number: u32, frame: &mut [u8]) -> anyhow::Result<()> {
+    fn read(&self, number: u32, frame: &Span) -> anyhow::Result<()> {
         let geometry = &self.blocks.geometry;
         let key = self.blocks.header(number).key;
-        let mut is_right = false;
-        let mut sink = |bytes: &[u8]| {
-            let (header, payload) = bytes.split_at(BlockHeader::bytes(geometry));
-            let Ok(header) = BlockHeader::decode(header, geometry) else { return };
-            is_right = header.key == key
-                && check_rows(&header, geometry, payload, |at, row| {
-                    frame[at as usize..][..row.len()].copy_from_slice(row);
-                });
-        };
         match &self.kind {
-            Kind::Tier(_, tier) => ensure!(tier.read(&key, &mut sink)?, "block {number} is gone"),
-            Kind::Files(dir) => sink(&std::fs::read(dir.join(number.to_string()))?),
+            Kind::Tier(_, tier) => {
+                let read = read_checked(&**tier, &key, &root(), geometry, frame);
+                ensure!(read.is_ok(), "block {number} was not read: {read:?}");
+            }
+            Kind::Files(dir) => {
+                let bytes = std::fs::read(dir.join(number.to_string()))?;
+                let (header, payload) = bytes.split_at(BlockHeader::bytes(geometry));
+                frame.copy_in(0, payload);
+                let header = BlockHeader::decode(header, geometry)?;
+                let is_right = header.key == key && check_rows(&header, geometry, frame);
+                ensure!(is_right, "block {number} was read wrong");
+            }
         }
-        ensure!(is_right, "block {number} was read wrong");
         Ok(())
     }
 
@@ -231,16 +249,16 @@ impl<'a> Store<'a> {
         read: &AtomicUsize,
     ) -> anyhow::Result<()> {
         let next = AtomicUsize::new(0);
+        let work = &|frame: &Span| -> anyhow::Result<()> {
+            while let Some(number) = numbers.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.read(*number, frame)?;
+                read.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
         std::thread::scope(|scope| {
-            let work = || {
-                let mut frame = vec![1; self.blocks.bytes() as usize];
-                while let Some(number) = numbers.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    self.read(*number, &mut frame)?;
-                    read.fetch_add(1, Ordering::Relaxed);
-                }
-                Ok(())
-            };
-            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            let frames = self.blocks.frames.iter().take(threads);
+            let threads: Vec<_> = frames.map(|frame| scope.spawn(move || work(frame))).collect();
             threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
         })
     }

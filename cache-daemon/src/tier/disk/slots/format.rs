@@ -74,6 +74,21 @@ impl FileHeader {
         page
     }
 
+    /// Whether it is the first page of a file, whole, that another version of this program wrote.
+    pub fn is_of_another_version(page: &[u8]) -> bool {
+        let is_first_page = page.len() == PAGE_BYTES && u64_at(page, 0) == FILE_MAGIC;
+        is_first_page && u32_at(page, 12) == page_crc(page) && u32_at(page, 8) != FORMAT_VERSION
+    }
+
+    /// The page as another version would have it, as far as we know.
+    #[cfg(test)]
+    pub fn encode_as(&self, version: u32) -> Vec<u8> {
+        let mut page = self.encode();
+        put(&mut page, 8, &version.to_le_bytes());
+        seal(&mut page);
+        page
+    }
+
     /// `None` for whatever is not a page of this version, whole and right.
     pub fn decode(page: &[u8]) -> Option<Self> {
         check(page, FILE_MAGIC)?;

@@ -7,22 +7,50 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kv_protocol::Span;
 use rustix::fs::{FallocateFlags, OFlags};
 
-use super::buffers::Buffers;
 use super::format::PAGE_BYTES;
+use super::home::aside;
+use super::pages::Pages;
+use crate::shm::direct::Parts;
 
 /// Slot files are `slots-<number>`.
 const PREFIX: &str = "slots-";
 
-/// A file of slots. Offsets, lengths and addresses are multiples of [`PAGE_BYTES`].
+/// Overwritten with zeros at once, where the file system cannot punch holes.
+const OVERWRITTEN_PAGES: usize = 256;
+
+/// A file of slots. Offsets, lengths and addresses are multiples of [`PAGE_BYTES`], but for a payload's
+/// length.
 pub trait SlotFile: Send + Sync {
     /// Fills `to`, or fails.
     fn read(&self, to: &mut [u8], at: u64) -> io::Result<()>;
     /// Writes all of `from`, or fails and may have written some.
     fn write(&self, from: &[u8], at: u64) -> io::Result<()>;
+    /// Fills header page and payload of the slot at `at`, or fails. This one copies.
+    fn read_slot(&self, page: &mut [u8], payload: &Span, at: u64) -> io::Result<()> {
+        let mut slot = Pages::new(1 + payload_pages(payload));
+        self.read(&mut slot, at)?;
+        page.copy_from_slice(&slot[..PAGE_BYTES]);
+        payload.copy_in(0, &slot[PAGE_BYTES..][..payload.bytes() as usize]);
+        Ok(())
+    }
+    /// Writes header page and payload, with zeros to its last page's end. This one copies.
+    fn write_slot(&self, page: &mut [u8], payload: &Span, at: u64) -> io::Result<()> {
+        let mut slot = Pages::new(1 + payload_pages(payload));
+        slot[..PAGE_BYTES].copy_from_slice(page);
+        payload.copy_out(0, &mut slot[PAGE_BYTES..][..payload.bytes() as usize]);
+        self.write(&slot, at)
+    }
+    /// The bytes are zeros from now on (durable with the next sync), and their space stays ours.
+    fn erase(&self, at: u64, bytes: u64) -> io::Result<()>;
     /// What was written survives a loss of power.
     fn sync(&self) -> io::Result<()>;
+}
+
+fn payload_pages(payload: &Span) -> usize {
+    (payload.bytes() as usize).div_ceil(PAGE_BYTES)
 }
 
 /// Where slot files are.
@@ -35,6 +63,8 @@ pub trait Media: Send + Sync {
     fn create(&self, file: u32, bytes: u64) -> io::Result<Arc<dyn SlotFile>>;
     /// Removes a file; its space comes back when the last reader closes it.
     fn remove(&self, file: u32) -> io::Result<()>;
+    /// Renames a file, so that it is in nobody's way.
+    fn set_aside(&self, file: u32) -> io::Result<()>;
     /// Bytes that the file system has left.
     fn available(&self) -> io::Result<u64>;
     /// Whether a small write goes through.
@@ -125,6 +155,12 @@ impl Media for Folder {
         self.sync_names()
     }
 
+    fn set_aside(&self, file: u32) -> io::Result<()> {
+        let path = self.path(file);
+        std::fs::rename(&path, aside(&path, "version"))?;
+        self.sync_names()
+    }
+
     fn available(&self) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(&self.dir)?;
         Ok(stat.f_bavail * stat.f_frsize)
@@ -133,8 +169,7 @@ impl Media for Folder {
     fn probe(&self) -> io::Result<()> {
         let path = self.dir.join("probe");
         let file = self.options().create(true).truncate(true).open(&path)?;
-        let buffers = Buffers::default();
-        let mut page = buffers.take(PAGE_BYTES);
+        let mut page = Pages::new(1);
         file.write_all_at(&page, 0)?;
         file.sync_data()?;
         file.read_exact_at(&mut page, 0)?;
@@ -156,12 +191,98 @@ impl SlotFile for File {
         self.write_all_at(from, at)
     }
 
+    fn read_slot(&self, page: &mut [u8], payload: &Span, at: u64) -> io::Result<()> {
+        let (whole, rest) = whole_pages(payload);
+        let mut last = Pages::new(usize::from(rest > 0));
+        Parts::new(page, &payload.part(0, whole), &mut last).read(self, at)?;
+        payload.copy_in(whole, &last[..rest]);
+        Ok(())
+    }
+
+    fn write_slot(&self, page: &mut [u8], payload: &Span, at: u64) -> io::Result<()> {
+        let (whole, rest) = whole_pages(payload);
+        // What follows the payload in its frame may be left over from another block.
+        let mut last = Pages::new(usize::from(rest > 0));
+        payload.copy_out(whole, &mut last[..rest]);
+        Parts::new(page, &payload.part(0, whole), &mut last).write(self, at)
+    }
+
+    fn erase(&self, at: u64, bytes: u64) -> io::Result<()> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(self, punch, at, bytes) {
+            Ok(()) => {
+                // Allocated again, as at first. Where that fails a later write may find the volume full.
+                let _ = rustix::fs::fallocate(self, FallocateFlags::empty(), at, bytes);
+                Ok(())
+            }
+            Err(rustix::io::Errno::OPNOTSUPP) => overwrite(self, at, bytes),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
     }
 }
 
+/// Bytes of a payload in whole pages, and what is left over.
+fn whole_pages(payload: &Span) -> (u64, usize) {
+    let rest = payload.bytes() % PAGE_BYTES as u64;
+    (payload.bytes() - rest, rest as usize)
+}
+
+fn overwrite(file: &File, mut at: u64, bytes: u64) -> io::Result<()> {
+    let zeros = Pages::new(OVERWRITTEN_PAGES);
+    let end = at + bytes;
+    while at < end {
+        let some = (end - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..some as usize], at)?;
+        at += some;
+    }
+    Ok(())
+}
+
 /// Whether the error says that there is no room, rather than that the drive is ill.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn erased_bytes_are_zeros_whichever_way() {
+        for erase in [|file: &File, at, bytes| file.erase(at, bytes), overwrite] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&vec![7; 8 * PAGE_BYTES], 0).unwrap();
+            erase(&file, 2 * PAGE_BYTES as u64, 3 * PAGE_BYTES as u64).unwrap();
+            let mut bytes = vec![1; 8 * PAGE_BYTES];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            let pages = bytes.chunks(PAGE_BYTES).map(|page| page[0]);
+            assert_eq!(pages.collect::<Vec<_>>(), [7, 7, 0, 0, 0, 7, 7, 7]);
+            assert!(bytes.chunks(PAGE_BYTES).all(|page| page.iter().all(|byte| *byte == page[0])));
+        }
+    }
+
+    #[test]
+    fn a_payload_of_broken_pages_leaves_its_slot_and_comes_back() {
+        let file = tempfile::tempfile().unwrap();
+        let frame = Span::heap(3 * PAGE_BYTES as u64);
+        frame.copy_in(0, &[9; 3 * PAGE_BYTES]); // Left over behind the payload.
+        let payload = frame.part(0, 2 * PAGE_BYTES as u64 + 5);
+        let mut page = Pages::new(1);
+        page.fill(3);
+        SlotFile::write_slot(&file, &mut page, &payload, 0).unwrap();
+        let mut bytes = vec![1; 4 * PAGE_BYTES];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let end = 3 * PAGE_BYTES + 5;
+        assert!(bytes[PAGE_BYTES..end].iter().all(|byte| *byte == 9));
+        assert!(bytes[end..].iter().all(|byte| *byte == 0));
+        let back = Span::heap(payload.bytes());
+        SlotFile::read_slot(&file, &mut page, &back, 0).unwrap();
+        let mut read = vec![0; back.bytes() as usize];
+        back.copy_out(0, &mut read);
+        assert!(read.iter().all(|byte| *byte == 9) && page.iter().all(|byte| *byte == 3));
+    }
 }

@@ -4,7 +4,12 @@
 //! Free ──take──► Used ──release──► Free          no reader is in the slot
 //!                  └────release──► Draining ──last reader leaves──► Free
 //! Used ──quarantine──► Bad                        until the store is opened again
+//! Free ──begin_erasing──► Erasing ──end_erasing──► Free
 //! ```
+//!
+//! Which free slot is taken next is the [`Placement`]'s. In place: the one after the parent's, else where a
+//! long run begins. Appended: the next of the open file, and a file's slots only again when all of them
+//! are free; one empty file is spared for what reclaiming copies.
 //!
 //! **Invariant:** a slot that a reader is in is never taken.
 
@@ -16,6 +21,34 @@ use super::format::slot_bytes;
 
 /// A new run leaves this many slots to whoever ends before it, so that both can grow in place.
 const RUN_GAP_SLOTS: usize = 16;
+
+/// Which free slot comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Any: slots are reused one by one.
+    InPlace,
+    /// The next in a segment, which is a file: segments are reused whole.
+    Append,
+}
+
+impl Placement {
+    /// Folder of files and index, in the tier's.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Placement::InPlace => "slots",
+            Placement::Append => "segments",
+        }
+    }
+}
+
+/// Whether the spare segment may be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spare {
+    /// By a new block: no.
+    Kept,
+    /// By a block that makes another segment empty.
+    Used,
+}
 
 /// A slot of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,18 +73,49 @@ type Epoch = u64;
 const FREE: Epoch = 0;
 /// The medium failed there. No write gets so far.
 const BAD: Epoch = Epoch::MAX;
+/// Being overwritten with nothing.
+const ERASING: Epoch = Epoch::MAX - 1;
+
+/// Neighbouring slots `slot..end` of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Number of the file.
+    pub file: u32,
+    /// First.
+    pub slot: u32,
+    /// Behind the last.
+    pub end: u32,
+}
 
 #[derive(Debug)]
 struct FileSpace {
     geometry: Geometry,
     slots: Vec<Epoch>,
     free: usize,
+    bad: usize,
+    /// Whether a slot is known to hold no byte of any block.
+    blank: Vec<bool>,
+    /// Appending: slots before this one are not written again until the file is empty.
+    cursor: usize,
     newest_order: u64,
 }
 
+impl FileSpace {
+    fn is_empty(&self) -> bool {
+        self.free + self.bad == self.slots.len()
+    }
+
+    /// The next slot to append to.
+    fn next(&self) -> Option<usize> {
+        let from = if self.is_empty() { 0 } else { self.cursor };
+        (from..self.slots.len()).find(|slot| self.slots[*slot] == FREE)
+    }
+}
+
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Space {
+    placement: Placement,
     files: BTreeMap<u32, FileSpace>,
     /// Slots that readers are in.
     visits: HashMap<SlotId, Visit>,
@@ -60,12 +124,19 @@ pub struct Space {
 }
 
 impl Space {
-    /// A file whose slots are all free.
-    pub fn add_file(&mut self, file: u32, geometry: Geometry, slots: u32) {
+    /// Without files.
+    pub fn new(placement: Placement) -> Self {
+        Self { placement, files: BTreeMap::new(), visits: HashMap::new(), newest_file: 0 }
+    }
+
+    /// A file whose slots are all free, and blank if it was just made.
+    pub fn add_file(&mut self, file: u32, geometry: Geometry, slots: u32, is_new: bool) {
+        let blank = vec![is_new; slots as usize];
         let slots = vec![FREE; slots as usize];
         let free = slots.len();
         self.newest_file = self.newest_file.max(file);
-        self.files.insert(file, FileSpace { geometry, slots, free, newest_order: 0 });
+        let space = FileSpace { geometry, slots, free, bad: 0, blank, cursor: 0, newest_order: 0 };
+        self.files.insert(file, space);
     }
 
     /// Forgets a file.
@@ -83,26 +154,63 @@ impl Space {
         self.files.get(&file).map(|file| &file.geometry)
     }
 
-    /// Takes a free slot: the one after `after` if it is free, else where a long run begins.
+    /// Takes a free slot; `after` is the parent's.
     pub fn take(
         &mut self,
         geometry: &Geometry,
         after: Option<SlotId>,
+        spare: Spare,
         epoch: u64,
         order: u64,
     ) -> Option<SlotId> {
-        let next = after.map(|after| SlotId { slot: after.slot + 1, ..after });
-        let next = next.filter(|next| {
-            self.files.get(&next.file).is_some_and(|file| {
-                file.geometry == *geometry && file.slots.get(next.slot as usize) == Some(&FREE)
-            })
-        });
-        let at = next.or_else(|| self.begin_run(geometry))?;
+        let at = match self.placement {
+            Placement::InPlace => self.after(geometry, after).or_else(|| self.begin_run(geometry)),
+            Placement::Append => self.append(geometry, spare),
+        };
+        let at = at?;
         let file = self.files.get_mut(&at.file)?;
         file.free -= 1;
         file.newest_order = file.newest_order.max(order);
+        file.cursor = at.slot as usize + 1;
         file.slots[at.slot as usize] = epoch;
+        file.blank[at.slot as usize] = false;
         Some(at)
+    }
+
+    fn after(&self, geometry: &Geometry, after: Option<SlotId>) -> Option<SlotId> {
+        let next = after.map(|after| SlotId { slot: after.slot + 1, ..after })?;
+        let file = self.files.get(&next.file)?;
+        let is_free = file.slots.get(next.slot as usize) == Some(&FREE);
+        (file.geometry == *geometry && is_free).then_some(next)
+    }
+
+    /// In a file that is begun, else in an empty one.
+    fn append(&self, geometry: &Geometry, spare: Spare) -> Option<SlotId> {
+        let fitting = self.files.iter().filter(|(_, file)| file.geometry == *geometry);
+        let (empty, begun): (Vec<_>, Vec<_>) = fitting.partition(|(_, file)| file.is_empty());
+        let place = |(number, file): &(&u32, &FileSpace)| {
+            file.next().map(|slot| SlotId { file: **number, slot: slot as u32 })
+        };
+        let kept = usize::from(spare == Spare::Kept);
+        begun.iter().find_map(place).or_else(|| empty.iter().skip(kept).find_map(place))
+    }
+
+    /// Of the full segments, the one with the fewest blocks: those blocks. `None` if none has a free slot.
+    /// Passes segments over that have a block of epoch `since` or later.
+    pub fn emptiest(&self, geometry: &Geometry, since: u64) -> Option<Vec<(SlotId, u64)>> {
+        let is_written = |file: &FileSpace| {
+            file.slots.iter().any(|epoch| (since..ERASING).contains(epoch) && *epoch != FREE)
+        };
+        let full = self.files.iter().filter(|(_, file)| {
+            let is_full = !file.is_empty() && file.next().is_none();
+            file.geometry == *geometry && is_full && !is_written(file)
+        });
+        let (number, file) = full.filter(|(_, file)| file.free > 0).max_by_key(|(_, f)| f.free)?;
+        let slots = file.slots.iter().enumerate();
+        let used = slots.filter(|(_, epoch)| !matches!(**epoch, FREE | BAD | ERASING));
+        let used = used.map(|(n, epoch)| (SlotId { file: *number, slot: n as u32 }, *epoch));
+        let is_draining = |at: &SlotId| self.visits.get(at).is_some_and(|visit| visit.is_draining);
+        Some(used.filter(|(at, _)| !is_draining(at)).collect())
     }
 
     /// In the emptiest file of the geometry, the longest run of free slots.
@@ -130,11 +238,12 @@ impl Space {
             return false;
         }
         let Some(slot) = file.slots.get_mut(at.slot as usize) else { return false };
-        if *slot != FREE || matches!(epoch, FREE | BAD) {
+        if *slot != FREE || matches!(epoch, FREE | BAD | ERASING) {
             return false;
         }
         *slot = epoch;
         file.free -= 1;
+        file.cursor = file.cursor.max(at.slot as usize + 1);
         file.newest_order = file.newest_order.max(order);
         true
     }
@@ -192,6 +301,46 @@ impl Space {
     pub fn quarantine(&mut self, at: SlotId) {
         if let Some(slot) = self.slot(at) {
             *slot = BAD;
+            self.files.get_mut(&at.file).expect("it has the slot").bad += 1;
+        }
+    }
+
+    /// Whether a reader is in a slot whose block is gone.
+    pub fn is_draining(&self) -> bool {
+        self.visits.values().any(|visit| visit.is_draining)
+    }
+
+    /// All slots that hold no block and may hold bytes of one. Nobody takes them before `end_erasing`.
+    pub fn begin_erasing(&mut self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (number, file) in &mut self.files {
+            for slot in 0..file.slots.len() {
+                if !matches!(file.slots[slot], FREE | BAD) || file.blank[slot] {
+                    continue;
+                }
+                if file.slots[slot] == FREE {
+                    file.slots[slot] = ERASING;
+                    file.free -= 1;
+                }
+                let slot = slot as u32;
+                match runs.last_mut() {
+                    Some(run) if run.file == *number && run.end == slot => run.end += 1,
+                    _ => runs.push(Run { file: *number, slot, end: slot + 1 }),
+                }
+            }
+        }
+        runs
+    }
+
+    /// Gives slots of `begin_erasing` back.
+    pub fn end_erasing(&mut self, run: &Run, is_blank: bool) {
+        let Some(file) = self.files.get_mut(&run.file) else { return };
+        for slot in run.slot as usize..run.end as usize {
+            if file.slots[slot] == ERASING {
+                file.slots[slot] = FREE;
+                file.free += 1;
+            }
+            file.blank[slot] = is_blank;
         }
     }
 
@@ -200,7 +349,7 @@ impl Space {
         let mut used = Vec::new();
         for (file, space) in &self.files {
             let slots = space.slots.iter().enumerate();
-            let held = slots.filter(|(_, epoch)| !matches!(**epoch, FREE | BAD));
+            let held = slots.filter(|(_, epoch)| !matches!(**epoch, FREE | BAD | ERASING));
             used.extend(held.map(|(n, epoch)| (SlotId { file: *file, slot: n as u32 }, *epoch)));
         }
         for (at, epoch) in used {
@@ -218,8 +367,7 @@ impl Space {
             .files
             .iter()
             .filter(|(number, file)| file.geometry != *geometry && is_quiet(**number));
-        let loss =
-            |file: &FileSpace| if file.free == file.slots.len() { 0 } else { file.newest_order };
+        let loss = |file: &FileSpace| if file.is_empty() { 0 } else { file.newest_order };
         others.min_by_key(|(_, file)| loss(file)).map(|(number, _)| *number)
     }
 
@@ -233,8 +381,10 @@ impl Space {
     #[cfg(test)]
     pub fn self_check(&self) {
         for file in self.files.values() {
-            let free = file.slots.iter().filter(|epoch| **epoch == FREE);
-            assert_eq!(free.count(), file.free);
+            let count = |state| file.slots.iter().filter(|epoch| **epoch == state).count();
+            assert_eq!((count(FREE), count(BAD), count(ERASING)), (file.free, file.bad, 0));
+            let used = file.slots.iter().zip(&file.blank).filter(|(epoch, _)| **epoch != FREE);
+            assert!(used.into_iter().all(|(epoch, blank)| *epoch == BAD || !blank), "blocks");
         }
     }
 }

@@ -1,0 +1,268 @@
+//! Writing blocks: the four steps of the module above, for a group of them.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kv_protocol::{BlockKey, Geometry};
+
+use super::SlotTier;
+use super::format::{FileHeader, PAGE_BYTES, SlotHeader, encode_entry, slot_at, slot_bytes};
+use super::media::{self, SlotFile};
+use super::pages::Pages;
+use super::space::{Placement, SlotId, Spare};
+use crate::tier::disk::{DiskError, NewBlock, WriteFailure};
+
+/// Each file is this share of all: small enough that another geometry takes over piece by piece.
+const FILE_SHARE: u64 = 32;
+const FILE_BYTES_MAX: u64 = 1 << 30;
+/// But a group of blocks has room in one, so that one sync does for all, unless that is a quarter.
+pub const FILE_SLOTS_MIN: u64 = crate::tier::disk::GROUP_MAX as u64;
+/// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
+/// blocks.
+const WRITE_THREADS: usize = 4;
+
+/// A slot taken for a block that is being written.
+pub struct Place {
+    pub file: Arc<dyn SlotFile>,
+    pub slot: SlotHeader,
+}
+
+impl SlotTier {
+    /// Takes a slot. Where none is free: makes a file, takes one over, or empties a segment.
+    fn take(
+        &self,
+        block: &NewBlock<'_>,
+        after: Option<SlotId>,
+        spare: Spare,
+    ) -> Result<Place, DiskError> {
+        let geometry = block.geometry;
+        let mut may_reclaim = self.reclaims(spare);
+        loop {
+            {
+                let mut state = self.lock();
+                state.next_epoch += 1;
+                let (epoch, order) = (state.next_epoch, block.order);
+                if let Some(at) = state.space.take(geometry, after, spare, epoch, order) {
+                    let (file, _) = &state.files[&at.file];
+                    let slot = SlotHeader { at, epoch, order, geometry: *geometry };
+                    return Ok(Place { file: file.clone(), slot });
+                }
+            }
+            match self.add_file(geometry) {
+                Err(DiskError::Full { .. }) if may_reclaim => {
+                    self.reclaim_segment(geometry)?;
+                    may_reclaim = false; // There is room now, or a reader stays where there should be.
+                }
+                added => added?,
+            }
+        }
+    }
+
+    /// Another file for a geometry: within the budget, or in the place of another geometry's.
+    fn add_file(&self, geometry: &Geometry) -> Result<(), DiskError> {
+        let io = |what| {
+            move |source: io::Error| {
+                let needed = slot_bytes(geometry);
+                if media::is_full(&source) {
+                    DiskError::Full { needed }
+                } else {
+                    DiskError::Io { what, source }
+                }
+            }
+        };
+        let slots = (self.files_bytes_max / FILE_SHARE).min(FILE_BYTES_MAX) / slot_bytes(geometry);
+        let slots_max = (self.files_bytes_max / 4 / slot_bytes(geometry)).max(1);
+        let slots = slots.max(FILE_SLOTS_MIN).min(slots_max).min(u64::from(u32::MAX)) as u32;
+        // The last file takes what is left of the budget: whole files alone would strand up to one.
+        let slots = loop {
+            let taken: u64 = self.lock().files.values().map(|(_, bytes)| bytes).sum();
+            let room = self.files_bytes_max.saturating_sub(taken + PAGE_BYTES as u64);
+            let fitting = room / slot_bytes(geometry);
+            if fitting >= u64::from(slots) {
+                break slots;
+            }
+            // Before a short file, another geometry's: short ones would split groups over many syncs.
+            let victim = self.lock().space.victim(geometry);
+            match victim {
+                Some(victim) => self.drop_file(victim)?,
+                None if fitting > 0 && self.placement == Placement::InPlace => {
+                    break fitting as u32;
+                }
+                None => return Err(DiskError::Full { needed: slot_bytes(geometry) }),
+            }
+        };
+        let bytes = slot_at(geometry, slots);
+        let left = self.media.available().map_err(io("asking for free space"))?;
+        if left < bytes + self.reserve_bytes {
+            return Err(DiskError::Full { needed: bytes + self.reserve_bytes });
+        }
+        let number = self.lock().space.next_file();
+        let file = self.media.create(number, bytes).map_err(io("making a slot file"))?;
+        let header = FileHeader { file: number, slots, geometry: *geometry }.encode();
+        let mut page = Pages::new(1);
+        page.copy_from_slice(&header);
+        let begun = file.write(&page, 0).and_then(|()| file.sync());
+        if let Err(error) = begun {
+            let _ = self.media.remove(number); // `open_files` removes it otherwise.
+            return Err(io("beginning a slot file")(error));
+        }
+        let mut state = self.lock();
+        state.space.add_file(number, *geometry, slots, true);
+        state.files.insert(number, (file, bytes));
+        Ok(())
+    }
+
+    /// Forgets a file's blocks, then the file.
+    fn drop_file(&self, number: u32) -> Result<(), DiskError> {
+        let mut keys = Vec::new();
+        self.index.scan(&mut |entry| {
+            if entry.at.file == number {
+                keys.push(entry.block.key);
+            }
+        })?;
+        tracing::info!(file = number, blocks = keys.len(), "slot file given to another geometry");
+        for some in keys.chunks(1024) {
+            self.index.remove(some)?;
+        }
+        {
+            let mut state = self.lock();
+            state.space.remove_file(number);
+            state.files.remove(&number);
+        }
+        self.media
+            .remove(number)
+            .map_err(|source| DiskError::Io { what: "removing a slot file", source })
+    }
+
+    /// Step 2 for one block.
+    fn fill(&self, block: &NewBlock<'_>, place: &Place) -> Result<(), WriteFailure> {
+        if !block.is_right() {
+            return Err(WriteFailure::Checksum);
+        }
+        let geometry = block.geometry;
+        let mut page = Pages::new(1);
+        place.slot.encode(&block.header.encode(geometry), &mut page);
+        let at = slot_at(geometry, place.slot.at.slot);
+        let written = place.file.write_slot(&mut page, block.payload, at);
+        written.map_err(|source| {
+            if is_media_failure(&source) {
+                self.lock().space.quarantine(place.slot.at);
+            }
+            let needed = slot_bytes(geometry);
+            WriteFailure::Disk(if media::is_full(&source) {
+                DiskError::Full { needed } // Its space was not to be had ahead, see `Media::create`.
+            } else {
+                DiskError::Io { what: "writing a slot", source }
+            })
+        })
+    }
+
+    /// Steps 1 to 4 for a group of blocks. The caller excludes other changes.
+    pub(super) fn write_group(
+        &self,
+        blocks: &[NewBlock<'_>],
+        spare: Spare,
+    ) -> Vec<Result<(), WriteFailure>> {
+        if spare == Spare::Kept {
+            let mut state = self.lock();
+            state.writing_since = state.next_epoch + 1;
+        }
+        // 1.
+        let mut taken: HashMap<BlockKey, SlotId> = HashMap::new();
+        let places: Vec<Result<Place, DiskError>> = blocks
+            .iter()
+            .map(|block| {
+                let parent = &block.header.parent;
+                let after = match taken.get(parent) {
+                    Some(at) => Some(*at),
+                    None => self.index.get(parent)?.map(|entry| entry.at),
+                };
+                let place = self.take(block, after, spare)?;
+                taken.insert(block.header.key, place.slot.at);
+                Ok(place)
+            })
+            .collect();
+        // 2.
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(block) = blocks.get(number) else { return done };
+                if let Ok(place) = &places[number] {
+                    done.push((number, self.fill(block, place)));
+                }
+            }
+        };
+        let helpers = WRITE_THREADS.min(blocks.len()).saturating_sub(1);
+        let mut filled: HashMap<usize, Result<(), WriteFailure>> = std::thread::scope(|scope| {
+            let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
+            let own = work();
+            let theirs = helpers.into_iter().flat_map(|helper| {
+                helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            own.into_iter().chain(theirs).collect()
+        });
+        let mut results: Vec<Result<(), WriteFailure>> = Vec::new();
+        for (number, place) in places.iter().enumerate() {
+            results.push(match place {
+                Ok(_) => filled.remove(&number).expect("each block with a place was filled"),
+                Err(error) => Err(WriteFailure::Disk(error.repeat())),
+            });
+        }
+        let good = |results: &[Result<(), WriteFailure>]| -> Vec<usize> {
+            (0..results.len()).filter(|number| results[*number].is_ok()).collect()
+        };
+        // 3.
+        let mut synced: HashMap<u32, Result<(), DiskError>> = HashMap::new();
+        for number in good(&results) {
+            let Ok(place) = &places[number] else { continue };
+            let sync = |source| DiskError::Io { what: "syncing a slot file", source };
+            let outcome =
+                synced.entry(place.slot.at.file).or_insert_with(|| place.file.sync().map_err(sync));
+            if let Err(error) = outcome {
+                results[number] = Err(WriteFailure::Disk(error.repeat()));
+            }
+        }
+        // 4.
+        let (mut entries, mut replaced) = (Vec::new(), Vec::new());
+        let mut failed = None;
+        for number in good(&results) {
+            let Ok(place) = &places[number] else { continue };
+            let header = blocks[number].header;
+            match self.index.get(&header.key) {
+                Ok(old) => replaced.extend(old),
+                Err(error) => failed = Some(error),
+            }
+            entries.push((header.key, encode_entry(&place.slot, header)));
+        }
+        if failed.is_none() && !entries.is_empty() {
+            failed = self.index.put(&entries).err();
+        }
+        if let Some(error) = failed {
+            // The batch may have reached the log all the same: its slots are free only when the index
+            // has been opened again and says so. Until then nothing is written, see `Index::apply`.
+            for number in good(&results) {
+                results[number] = Err(WriteFailure::Disk(error.repeat()));
+            }
+            return results;
+        }
+        let mut state = self.lock();
+        for entry in replaced {
+            state.space.release(entry.at, entry.epoch);
+        }
+        for (number, place) in places.iter().enumerate() {
+            if let (Ok(place), Err(_)) = (place, &results[number]) {
+                state.space.release(place.slot.at, place.slot.epoch);
+            }
+        }
+        results
+    }
+}
+
+/// The drive, rather than its room or its being writable.
+fn is_media_failure(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+}
