@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::policy::PolicyKind;
+use crate::store::TenantShare;
 use crate::tier::disk::Engine;
 
 /// Most bytes a region may have: offsets stay far from overflow.
@@ -42,6 +43,27 @@ pub struct Flags {
     /// Seconds after its last use at which a conversation counts as idle and its tail goes to disk.
     #[arg(long, env = "COLLOQUY_TAIL_IDLE_SECONDS", default_value_t = 10)]
     pub tail_idle_seconds: u64,
+    /// Percent of the host tier that a tenant may have before its own blocks leave first; 100 is no bound.
+    #[arg(long, env = "COLLOQUY_TENANT_HOST_SHARE", default_value_t = 100, value_parser = whole_percent())]
+    pub tenant_host_share: u8,
+    /// Percent of the disk tier that a tenant may have before its own blocks leave first; 100 is no bound.
+    #[arg(long, env = "COLLOQUY_TENANT_DISK_SHARE", default_value_t = 100, value_parser = whole_percent())]
+    pub tenant_disk_share: u8,
+    /// Bytes that may be written to disk in a day; without it there is no bound.
+    #[arg(long, env = "COLLOQUY_DISK_WRITE_BYTES_PER_DAY", value_parser = parse_bytes)]
+    pub disk_write_bytes_per_day: Option<u64>,
+    /// The same as writes of the whole disk tier (--disk-bytes) in a day, such as 0.3.
+    #[arg(
+        long,
+        env = "COLLOQUY_DISK_DRIVE_WRITES_PER_DAY",
+        conflicts_with = "disk_write_bytes_per_day"
+    )]
+    pub disk_drive_writes_per_day: Option<f64>,
+}
+
+/// A share, from 1 to 100.
+pub fn whole_percent() -> clap::builder::RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(1..=100)
 }
 
 /// Checked settings.
@@ -65,6 +87,10 @@ pub struct Config {
     pub ttl: Option<Duration>,
     /// See [`Flags::tail_idle_seconds`].
     pub tail_idle: Duration,
+    /// See [`Flags::tenant_host_share`].
+    pub tenant_share: TenantShare,
+    /// See [`Flags::disk_write_bytes_per_day`].
+    pub write_bytes_per_day: Option<u64>,
 }
 
 /// A flag that cannot be: exit code 64.
@@ -83,6 +109,14 @@ pub enum ConfigError {
         /// Most.
         max: u64,
     },
+    /// A rate that is none.
+    #[error("{flag} is {value}, must be a number above 0")]
+    Rate {
+        /// Which.
+        flag: &'static str,
+        /// Given.
+        value: String,
+    },
 }
 
 impl TryFrom<Flags> for Config {
@@ -99,6 +133,12 @@ impl TryFrom<Flags> for Config {
             let (flag, value, max) = ("--disk-bytes", flags.disk_bytes, u64::MAX);
             return Err(ConfigError::Size { flag, value, min: DISK_BYTES_MIN, max });
         }
+        let drive_writes = flags.disk_drive_writes_per_day;
+        if let Some(value) = drive_writes.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            let (flag, value) = ("--disk-drive-writes-per-day", value.to_string());
+            return Err(ConfigError::Rate { flag, value });
+        }
+        let drive_writes = drive_writes.map(|rate| (rate * flags.disk_bytes as f64) as u64);
         Ok(Self {
             socket: flags.socket,
             host_bytes,
@@ -109,6 +149,11 @@ impl TryFrom<Flags> for Config {
             policy: flags.policy,
             ttl: (flags.ttl_seconds > 0).then(|| Duration::from_secs(flags.ttl_seconds)),
             tail_idle: Duration::from_secs(flags.tail_idle_seconds),
+            tenant_share: TenantShare {
+                host: flags.tenant_host_share,
+                disk: flags.tenant_disk_share,
+            },
+            write_bytes_per_day: flags.disk_write_bytes_per_day.or(drive_writes),
         })
     }
 }

@@ -22,7 +22,7 @@ use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
 use crate::key_map::KeyState;
-use crate::policy::{Known, QueueTicket};
+use crate::policy::{Keep, Known, QueueTicket, TenantId};
 use crate::tier::disk::StoredBlock;
 
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
@@ -124,17 +124,14 @@ pub struct Block {
     /// A hint brought it from disk, and no lookup has found it since. The first one that does is told
     /// `Disk`: that is where its turn's KV was kept, however early the hint was.
     pub hinted: bool,
+    /// It, or what it continues, was read again after it was made, or made again after it had left.
+    pub reused: bool,
 }
 
 impl Block {
     /// Whether it is on disk.
     pub fn is_stored(&self) -> bool {
         self.disk == OnDisk::Stored
-    }
-
-    /// What policies may know of it.
-    pub fn known(&self, turn: Option<QueueTicket>) -> Known {
-        Known { used_ms: self.used_ms, depth: self.depth, turn, returns_ms: None }
     }
 }
 
@@ -170,12 +167,47 @@ pub struct Chain {
     pub miss: Option<MissReason>,
 }
 
-/// Labels in use, counted.
+/// Labels in use, counted, and the tenants whose they are.
 #[derive(Debug, Default)]
 struct Labels {
-    interned: Vec<(Label, u32)>,
+    interned: Vec<(Label, u32, TenantId)>,
     ids: HashMap<Label, u32>,
     vacant: Vec<u32>,
+    tenants: Tenants,
+}
+
+/// Roots in use, by how many labels.
+#[derive(Debug, Default)]
+struct Tenants {
+    ids: HashMap<RootKey, (TenantId, u32)>,
+    next: u16,
+    vacant: Vec<TenantId>,
+}
+
+impl Tenants {
+    fn take(&mut self, root: RootKey) -> TenantId {
+        let (vacant, next) = (&mut self.vacant, &mut self.next);
+        let (tenant, labels) = self.ids.entry(root).or_insert_with(|| {
+            let fresh = TenantId(*next);
+            if vacant.is_empty() && fresh != TenantId::CROWD {
+                *next += 1;
+            }
+            (vacant.pop().unwrap_or(fresh), 0)
+        });
+        *labels += 1;
+        *tenant
+    }
+
+    fn give_back(&mut self, root: &RootKey) {
+        let Some((tenant, labels)) = self.ids.get_mut(root) else { return };
+        *labels -= 1;
+        if *labels == 0 {
+            if *tenant != TenantId::CROWD {
+                self.vacant.push(*tenant);
+            }
+            self.ids.remove(root);
+        }
+    }
 }
 
 impl Labels {
@@ -185,19 +217,21 @@ impl Labels {
             return *id;
         }
         let id = self.vacant.pop().unwrap_or(self.interned.len() as u32);
+        let interned = (*label, 1, self.tenants.take(label.root));
         if id as usize == self.interned.len() {
-            self.interned.push((*label, 1));
+            self.interned.push(interned);
         } else {
-            self.interned[id as usize] = (*label, 1);
+            self.interned[id as usize] = interned;
         }
         self.ids.insert(*label, id);
         id
     }
 
     fn give_back(&mut self, id: u32) {
-        let (label, blocks) = &mut self.interned[id as usize];
+        let (label, blocks, _) = &mut self.interned[id as usize];
         *blocks -= 1;
         if *blocks == 0 {
+            self.tenants.give_back(&label.root);
             self.ids.remove(label);
             self.vacant.push(id);
         }
@@ -279,6 +313,18 @@ impl Directory {
     /// What a block has in common with others.
     pub fn label(&self, block: &Block) -> &Label {
         &self.labels.interned[block.label as usize].0
+    }
+
+    /// What policies may know of a block.
+    pub fn known(&self, block: &Block, turn: Option<QueueTicket>) -> Known {
+        Known {
+            used_ms: block.used_ms,
+            depth: block.depth,
+            turn,
+            returns_ms: None,
+            tenant: self.labels.interned[block.label as usize].2,
+            keep: Keep::Ordinary,
+        }
     }
 
     /// Blocks that came, went or changed since the last call. Ids of those that went may be others' from
@@ -382,6 +428,8 @@ impl Directory {
             disk,
             is_full: description.is_full,
             hinted: false,
+            reused: self.gone.contains_key(&key.short())
+                || self.at(parent).is_some_and(|parent| parent.reused),
         };
         block.depth = self.depth_under(parent, &block);
         if !description.is_full {

@@ -17,6 +17,7 @@ pub mod http;
 pub mod key_map;
 pub mod listen;
 pub mod metrics;
+mod moves;
 pub mod policy;
 pub mod queue;
 pub mod shm;

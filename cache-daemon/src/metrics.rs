@@ -106,8 +106,10 @@ pub struct Metrics {
     pub expirations: IntCounter,
     /// Blocks written to disk.
     pub writes: IntCounter,
-    /// Blocks not written: no room that may be taken, or a failure.
-    pub writes_skipped: IntCounter,
+    /// Blocks not written, by reason: no room that may be taken, the drive's budget, or a failure.
+    pub writes_skipped: IntCounterVec,
+    /// What was said of blocks and does not count, by why.
+    pub retentions_refused: IntCounterVec,
     /// Failed calls of the disk tier.
     pub disk_errors: IntCounter,
     /// Corrupt things found, by where.
@@ -158,7 +160,16 @@ impl Metrics {
             evictions: counters("evictions_total", "Blocks that made room, by tier.", "tier")?,
             expirations: counter("expirations_total", "Blocks whose time ran out.")?,
             writes: counter("disk_writes_total", "Blocks written to disk.")?,
-            writes_skipped: counter("disk_writes_skipped_total", "Blocks not written to disk.")?,
+            writes_skipped: counters(
+                "disk_writes_skipped_total",
+                "Blocks not written to disk, by reason.",
+                "reason",
+            )?,
+            retentions_refused: counters(
+                "retentions_refused_total",
+                "Pins and times to live of blocks over their bound.",
+                "what",
+            )?,
             disk_errors: counter("disk_errors_total", "Failed calls of the disk tier.")?,
             corrupt: counters("corrupt_total", "Corrupt things found, by where.", "where")?,
             attaches: counter("attaches_total", "Attachments made.")?,

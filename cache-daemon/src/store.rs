@@ -1,6 +1,6 @@
 //! Blocks in all tiers: directory, host frames and disk together, and what may be done with a block.
 //!
-//! The moves between tiers are in [`crate::transfer`]; this file has what the loop's messages ask for.
+//! The moves between tiers are in [`crate::moves`] and [`crate::transfer`]; this file has what the loop's messages ask for.
 
 use std::sync::Arc;
 
@@ -12,10 +12,12 @@ use crate::attachment::ProtocolError;
 use crate::conversation::Conversations;
 use crate::directory::{Description, Directory, EntryId, Link, OnDisk};
 use crate::metrics::Metrics;
-use crate::policy::{Index, PolicyKind, QueueTicket, Residence, Standing};
+use crate::policy::budget::WriteBudget;
+use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
+use crate::policy::{Index, Limits, PolicyKind, QueueTicket};
 use crate::queue::{Queue, TurnId};
 use crate::tier::disk::{DiskWorkers, Engine};
-use crate::tier::host::HostTier;
+use crate::tier::host::{HostTier, free_high};
 use crate::transfer::{Transfers, Waiter};
 
 /// Blocks that one walk for expired ones looks at, a millisecond's work: a million take 16 walks.
@@ -34,6 +36,39 @@ pub struct StoreConfig {
     pub ttl_ms: Option<u64>,
     /// Milliseconds after its last use at which a tail goes to disk.
     pub tail_idle_ms: u64,
+    /// What a tenant may have before its own blocks leave first.
+    pub tenant_share: TenantShare,
+    /// Bytes that may be written to disk in a day; `None` is no bound.
+    pub write_bytes_per_day: Option<u64>,
+}
+
+/// Shares of the tiers, in percent; 100 is no bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct TenantShare {
+    /// Of the host tier.
+    pub host: u8,
+    /// Of the disk tier.
+    pub disk: u8,
+}
+
+impl Default for TenantShare {
+    fn default() -> Self {
+        Self { host: 100, disk: 100 }
+    }
+}
+
+impl TenantShare {
+    /// Bounds of tiers that keep so many blocks each. Shares are of what a tier keeps: host frames above the
+    /// watermark are kept for nobody. So tenants whose shares come to no more than 100 percent never take from
+    /// each other.
+    pub(crate) fn limits(self, frames: u32, disk_blocks: u64) -> (Limits, Limits) {
+        let limits = |blocks: u64, percent: u8| Limits {
+            quota: (percent < 100).then(|| blocks * u64::from(percent) / 100),
+            pinned: pinned_max(blocks),
+        };
+        let in_host = u64::from(frames.saturating_sub(free_high(frames)));
+        (limits(in_host, self.host), limits(disk_blocks, self.disk))
+    }
 }
 
 /// See the module.
@@ -46,6 +81,10 @@ pub struct Store {
     /// Anticipations so far.
     anticipations: u64,
     pub(crate) index: Index,
+    pub(crate) retentions: Retentions,
+    pub(crate) budget: WriteBudget,
+    /// When the loop last turned.
+    pub(crate) now_ms: u64,
     /// `None` until a runtime has brought a geometry.
     pub(crate) host: Option<HostTier>,
     pub(crate) disk: DiskWorkers,
@@ -76,7 +115,10 @@ impl Store {
             queue: Queue::default(),
             turns_left: 0,
             anticipations: 0,
-            index: Index::new(config.policy),
+            index: Index::new(config.policy, Limits::NONE, Limits::NONE),
+            retentions: Retentions::new(0),
+            budget: WriteBudget::new(config.write_bytes_per_day),
+            now_ms: 0,
             host: None,
             disk,
             transfers: Transfers::new(config.disk_bytes, config.disk_engine),
@@ -89,6 +131,42 @@ impl Store {
     /// Shape of the blocks, once known.
     pub fn geometry(&self) -> Option<&Geometry> {
         self.host.as_ref().map(|host| host.table().geometry())
+    }
+
+    /// Bounds of both tiers, once it is known how many blocks they keep.
+    fn limits(&self) -> (Limits, Limits) {
+        let Some(host) = &self.host else { return (Limits::NONE, Limits::NONE) };
+        let block_bytes = self.config.disk_engine.block_bytes(host.table().geometry());
+        let disk_blocks = self.transfers.disk_bytes_limit() / block_bytes.max(1);
+        self.config.tenant_share.limits(host.table().layout().frame_count(), disk_blocks)
+    }
+
+    /// A new order of leaving, under the policy and the bounds in force: it learns of the blocks part by part, as
+    /// of loaded ones.
+    pub(crate) fn rebuild_index(&mut self) {
+        let (host, disk) = self.limits();
+        self.index = Index::new(self.config.policy, host, disk);
+        self.retentions.set_pinned_max(host.pinned.max(disk.pinned));
+        self.transfers.settle_again();
+    }
+
+    /// What was said of blocks that are known: how long they live without a use, until when they stay. The
+    /// longest word counts. How many of them got no pin, or nothing at all: as many have one as may have.
+    pub fn retain(&mut self, keys: &[BlockKey], said: Retention, now_ms: u64) -> u32 {
+        let mut refused = 0;
+        for key in keys {
+            let Some(block) = self.directory.get_mut(key) else { continue };
+            let result = self.retentions.retain(*key, block.used_ms, said, now_ms);
+            if let Err(reason) = result {
+                refused += 1;
+                let what = match reason {
+                    Refused::Pins => "pin",
+                    Refused::Retentions => "retention",
+                };
+                self.metrics.retentions_refused.with_label_values(&[what]).inc();
+            }
+        }
+        refused
     }
 
     /// Takes over what an earlier worker left in the region.
@@ -124,6 +202,7 @@ impl Store {
         }
         tracing::info!(blocks = count, corrupt, %geometry, "host tier adopted");
         self.host = Some(host);
+        self.rebuild_index();
     }
 
     /// Formats the region for a geometry; blocks that are nowhere else are forgotten.
@@ -141,6 +220,7 @@ impl Store {
             self.leave_host(&key, MissReason::Evicted);
         }
         self.host = Some(HostTier::adopt(table).0);
+        self.rebuild_index();
         tracing::info!(%geometry, epoch = view.format_epoch(), "region formatted");
         true
     }
@@ -188,40 +268,6 @@ impl Store {
     pub fn turn_left(&mut self, id: TurnId) {
         let left = self.queue.remove(id);
         self.turns_left += u64::from(left.is_some_and(|ticket| !ticket.is_anticipated()));
-    }
-
-    /// Brings the index up to date with what changed since the last choice.
-    pub(crate) fn refresh(&mut self) {
-        let mut keys = self.queue.take_changed();
-        keys.extend(self.transfers.take_changed());
-        keys.extend(self.host.iter_mut().flat_map(HostTier::take_changed));
-        let mut changed: Vec<EntryId> =
-            keys.iter().filter_map(|key| self.directory.find(key)).collect();
-        changed.extend(self.directory.take_changed());
-        changed.sort_unstable();
-        changed.dedup();
-        for id in changed {
-            let standing = self.standing(id);
-            self.index.set(id, self.directory.key(id), standing.as_ref());
-        }
-    }
-
-    fn standing(&self, id: EntryId) -> Option<Standing> {
-        let block = self.directory.at(id)?;
-        let key = self.directory.key(id);
-        let is_asked_for = self.transfers.is_reading(key) || self.transfers.is_wanted(key);
-        let host = match (block.host, &self.host) {
-            (Some(frame), Some(host)) if host.is_evictable(frame) => Residence::Free,
-            (Some(_), _) => Residence::Held,
-            (None, _) if is_asked_for || self.transfers.hint_failed(key) => Residence::Held,
-            (None, _) => Residence::Absent,
-        };
-        let disk = match block.disk {
-            OnDisk::Absent => Residence::Absent,
-            OnDisk::Stored if !is_asked_for => Residence::Free,
-            OnDisk::Stored | OnDisk::Writing => Residence::Held,
-        };
-        Some(Standing { known: block.known(self.queue.first_turn(key)), host, disk })
     }
 
     /// The block's frame holds it no more; forgets the block if it is nowhere else. The frame itself is
@@ -279,7 +325,7 @@ impl Store {
         let description = Description::of(&header, is_full, bytes);
         let label = self.directory.get(&key).map(|known| *self.directory.label(known));
         if let Some(known) = self.directory.get_mut(&key) {
-            known.used_ms = now_ms;
+            (known.used_ms, known.reused) = (now_ms, true);
             if label == Some(description.label) {
                 if known.host.is_some() || self.transfers.is_reading(&key) {
                     host.free(frame);
@@ -312,11 +358,15 @@ impl Store {
         for Link { index, key, id } in chain.links {
             let Some(block) = self.directory.at_mut(id) else { continue };
             block.used_ms = now_ms;
+            let was_reused = std::mem::replace(&mut block.reused, true);
             let Some(frame) = block.host else {
                 self.transfers.want(key, Waiter { index, ..waiter });
                 found.on_disk += 1;
                 continue;
             };
+            if !was_reused && block.disk == OnDisk::Absent {
+                self.transfers.mark_dirty(key, block.is_full); // It may not have been worth a write before.
+            }
             match host.pin(frame, waiter.id) {
                 Ok(handle) => {
                     let hinted = std::mem::take(&mut block.hinted);
@@ -339,20 +389,40 @@ impl Store {
         for id in self.conversations.expire(oldest_ms) {
             self.transfers.remove_conversation(id);
         }
+        self.now_ms = now_ms;
+        self.end_retentions();
         if oldest_ms == 0 {
             return;
         }
         let (part, next) = self.directory.part(from, EXPIRED_PER_WALK);
         self.expiring = next.unwrap_or_default();
         let is_old = |id: &EntryId| {
+            let key = self.directory.key(*id);
             self.directory.at(*id).is_some_and(|block| block.used_ms < oldest_ms)
-                && !self.transfers.is_reading(self.directory.key(*id))
+                && !self.retentions.has(key)
+                && !self.transfers.is_reading(key)
         };
         let expired: Vec<BlockKey> =
             part.into_iter().filter(is_old).map(|id| *self.directory.key(id)).collect();
         for key in expired {
             self.forget(&key, MissReason::Expired);
             self.metrics.expirations.inc();
+        }
+    }
+
+    /// Blocks whose own time is up are forgotten; those that fade, or are pinned no more, have other ranks.
+    fn end_retentions(&mut self) {
+        let used_ms = |key: &BlockKey| self.directory.get(key).map(|block| block.used_ms);
+        for due in self.retentions.due(self.now_ms, used_ms) {
+            match due {
+                Due::Changed(key) => {
+                    self.directory.get_mut(&key);
+                }
+                Due::Expired(key) => {
+                    self.forget(&key, MissReason::Expired);
+                    self.metrics.expirations.inc();
+                }
+            }
         }
     }
 }

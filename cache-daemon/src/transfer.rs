@@ -1,4 +1,5 @@
-//! Moves between tiers: promotes for lookups and for hints, write-behind, demotes, drops from disk.
+//! Moves between tiers: promotes for lookups and for hints, write-behind, demotes, drops from disk. Which
+//! block moves is chosen in [`crate::moves`].
 //!
 //! Each move is begun here and ends in `Store::finish`, when a disk thread has done its part; the loop
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
@@ -14,11 +15,13 @@ use kv_protocol::{
 
 use crate::directory::{Block, Description, Label, OnDisk};
 use crate::key_map::{KeyMap, KeySet};
-use crate::policy::QueueTicket;
+use crate::moves::{Catalogue, DiskRoom, Frames, Tiers};
+use crate::policy::Residence;
 use crate::store::Store;
 use crate::tier::disk::{
     Done, Engine, Job, PROBING, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure,
 };
+use crate::tier::host::HostTier;
 
 /// Blocks read from disk at once: 8 to 16 MB in flight at a block of one or two megabytes.
 const READS_MAX: usize = 8;
@@ -111,7 +114,7 @@ pub struct Transfers {
     /// Blocks on disk.
     stored: u64,
     next_order: u64,
-    /// After the index was read: how far the policies know of its blocks.
+    /// How far the policies know of the blocks: after the index was read, and when they begin anew.
     settling: Option<usize>,
     waiters: KeyMap<Vec<Waiter>>,
     /// Asked for by lookups, not begun.
@@ -212,19 +215,6 @@ impl Transfers {
         self.reading.contains_key(key)
     }
 
-    pub(crate) fn is_wanted(&self, key: &BlockKey) -> bool {
-        self.waiters.contains_key(key)
-    }
-
-    pub(crate) fn hint_failed(&self, key: &BlockKey) -> bool {
-        self.failed_hints.contains(key)
-    }
-
-    /// Blocks that were asked for, or are no more, since the last call.
-    pub(crate) fn take_changed(&mut self) -> Vec<BlockKey> {
-        std::mem::take(&mut self.changed)
-    }
-
     fn retry_hints(&mut self) {
         self.changed.extend(self.failed_hints.drain());
     }
@@ -286,6 +276,16 @@ impl Transfers {
         self.stored_bytes += bytes;
     }
 
+    /// Bytes that blocks may take.
+    pub(crate) fn disk_bytes_limit(&self) -> u64 {
+        self.disk_bytes_max
+    }
+
+    /// The policies know of no block, and are told of all.
+    pub(crate) fn settle_again(&mut self) {
+        self.settling = Some(0);
+    }
+
     pub(crate) fn stored_blocks(&self) -> u64 {
         self.stored
     }
@@ -294,6 +294,7 @@ impl Transfers {
 impl Store {
     /// Begins whatever can begin. Promotes that cannot be are returned.
     pub(crate) fn begin_moves(&mut self, queue_changed: bool, now_ms: u64) -> Vec<Arrival> {
+        self.now_ms = now_ms;
         if queue_changed {
             self.transfers.retry_hints();
         }
@@ -315,65 +316,6 @@ impl Store {
         for key in idle {
             self.transfers.queue_write(key);
         }
-    }
-
-    /// Demotes until the high watermark, once the low one is reached.
-    fn keep_frames_free(&mut self) {
-        let Some(host) = &self.host else { return };
-        let free = host.counts().free;
-        // Frames whose blocks are being written will be free soon.
-        if free >= host.free_low() || host.counts().ready == 0 {
-            return;
-        }
-        let need = host.free_high() - free;
-        let mut passed = None;
-        for _ in 0..need {
-            self.refresh();
-            let Some(victim) = self.index.host_victim(passed.as_ref()) else { return };
-            if !self.demote(&self.directory.key(victim.id).clone()) {
-                passed = Some(victim);
-            }
-        }
-    }
-
-    /// Makes room for a block that a lookup waits for.
-    fn make_frame_free(&mut self) -> bool {
-        self.refresh();
-        let victim = self.index.host_victim(None).map(|victim| *self.directory.key(victim.id));
-        victim.is_some_and(|key| self.demote(&key))
-    }
-
-    /// Whether a hinted block may come: into a frame that the watermark does not need, or in the place of
-    /// a block that no turn needs as soon. Else what it displaces would come back for an earlier turn, or
-    /// the watermark would throw it out again.
-    fn has_room_for_hint(&mut self, turn: QueueTicket) -> bool {
-        let spare = self.host.as_ref().is_some_and(|host| host.counts().free > host.free_high());
-        if spare {
-            return true;
-        }
-        let turn_of = |id| self.queue.first_turn(self.directory.key(id));
-        let victim = self.index.displaced_by(turn, turn_of);
-        let victim = victim.map(|victim| *self.directory.key(victim.id));
-        victim.is_some_and(|key| self.demote(&key))
-    }
-
-    /// Frees a block's frame now if the disk has the block, or cannot have it; else has it written first.
-    fn demote(&mut self, key: &BlockKey) -> bool {
-        let Some(block) = self.directory.get(key) else { return false };
-        let (Some(frame), Some(host)) = (block.host, &mut self.host) else { return false };
-        if !host.is_evictable(frame) {
-            return false;
-        }
-        if !block.is_stored() && self.transfers.can_write() {
-            self.transfers.tails.remove(key);
-            self.transfers.queue_write(*key);
-            return false;
-        }
-        host.free(frame);
-        self.leave_host(key, MissReason::Evicted);
-        self.transfers.evictions_host += 1;
-        self.metrics.evictions.with_label_values(&["host"]).inc();
-        true
     }
 
     /// Lookups first, then what hints say, in the order of turns.
@@ -409,15 +351,11 @@ impl Store {
             }
         }
         while self.transfers.reading.len() < READS_MAX && self.transfers.wanted.is_empty() {
-            self.refresh();
-            let Some(host) = &self.host else { break };
-            let host_blocks = host.table().layout().frame_count().into();
-            let Some(promote) = self.index.promote(&self.queue, host_blocks) else { break };
+            let Some(promote) = self.choose_promote() else { break };
             let key = *self.directory.key(promote.id);
             let block = self.directory.at(promote.id);
             let Some(root) = block.map(|block| self.directory.label(block).root) else { break };
-            let has_room = self.has_room_for_hint(promote.turn);
-            if !has_room || !self.begin_read(key, root, true) {
+            if !self.begin_read(key, root, true) {
                 break;
             }
         }
@@ -467,9 +405,8 @@ impl Store {
             let Ok(word) = table.state(frame) else { continue };
             let handle = FrameHandle { frame, generation: word.generation };
             let bytes = self.transfers.engine.block_bytes(table.geometry());
-            if !self.make_disk_room(&key, bytes) {
-                self.metrics.writes_skipped.inc();
-                self.leave_unsaved(&key);
+            if let Err(reason) = self.choose_write(&key, bytes) {
+                self.metrics.writes_skipped.with_label_values(&[reason.label()]).inc();
                 continue;
             }
             self.send_removals(); // Their room may be this block's.
@@ -488,53 +425,6 @@ impl Store {
                 block.disk = OnDisk::Writing;
             }
         }
-    }
-
-    /// A block that the disk has no room for leaves the host tier all the same when frames run out.
-    fn leave_unsaved(&mut self, key: &BlockKey) {
-        let frame = self.directory.get(key).and_then(|block| block.host);
-        if let (Some(frame), Some(host)) = (frame, &mut self.host)
-            && host.counts().free < host.free_low()
-            && host.is_evictable(frame)
-        {
-            host.free(frame);
-            self.leave_host(key, MissReason::Evicted);
-            self.transfers.evictions_host += 1;
-            self.metrics.evictions.with_label_values(&["host"]).inc();
-        }
-    }
-
-    /// Drops blocks from disk until `bytes` more fit, those first that the policy gives up first. A block
-    /// that would itself be the first to leave does not come.
-    fn make_disk_room(&mut self, key: &BlockKey, bytes: u64) -> bool {
-        let limit = self.transfers.disk_bytes_max.min(self.transfers.disk_bytes_fitting);
-        if bytes > limit {
-            return false;
-        }
-        let Some(id) = self.directory.find(key) else { return false };
-        let Some(incoming) = self.directory.at(id) else { return false };
-        let incoming = incoming.known(self.queue.first_turn(key));
-        let under_way = self.transfers.writing as u64 * bytes;
-        while self.transfers.stored_bytes + under_way + bytes > limit {
-            self.refresh();
-            let Some(victim) = self.index.disk_victim(id, &incoming, None) else { return false };
-            self.drop_from_disk(&self.directory.key(victim.id).clone());
-        }
-        true
-    }
-
-    fn drop_from_disk(&mut self, key: &BlockKey) {
-        let bytes = self.disk_bytes(key);
-        let Some(block) = self.directory.get_mut(key).filter(|block| block.is_stored()) else {
-            return;
-        };
-        block.disk = OnDisk::Absent;
-        if block.host.is_none() {
-            self.directory.remove(key, MissReason::Evicted);
-        }
-        self.transfers.unstore(*key, bytes);
-        self.transfers.evictions_disk += 1;
-        self.metrics.evictions.with_label_values(&["disk"]).inc();
     }
 
     fn send_removals(&mut self) {
@@ -685,7 +575,8 @@ impl Store {
         let Some(from) = self.transfers.settling else { return false };
         self.transfers.settling = self.directory.settle(from, SETTLED_PER_TURN);
         self.refresh();
-        if self.transfers.settling.is_none() && self.transfers.disk_state == DiskState::Opening {
+        let is_opening = self.transfers.disk_state == DiskState::Opening;
+        if self.transfers.settling.is_none() && is_opening && self.transfers.opened {
             self.transfers.disk_state = DiskState::Ready;
         }
         true
@@ -714,7 +605,7 @@ impl Store {
                 }
             }
             Err(failure) => {
-                self.metrics.writes_skipped.inc();
+                self.metrics.writes_skipped.with_label_values(&["failure"]).inc();
                 if let Some(block) = self.directory.get_mut(&key)
                     && is_ours
                 {
@@ -808,6 +699,95 @@ impl Store {
             self.transfers.record_sent();
         }
         sent
+    }
+}
+
+impl Tiers for Store {
+    fn catalogue(&mut self) -> Catalogue<'_> {
+        Catalogue {
+            directory: &mut self.directory,
+            queue: &mut self.queue,
+            index: &mut self.index,
+            retentions: &mut self.retentions,
+            budget: &mut self.budget,
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    fn take_changed(&mut self) -> Vec<BlockKey> {
+        let mut keys = std::mem::take(&mut self.transfers.changed);
+        keys.extend(self.host.iter_mut().flat_map(HostTier::take_changed));
+        keys
+    }
+
+    fn is_asked_for(&self, key: &BlockKey) -> bool {
+        self.transfers.reading.contains_key(key) || self.transfers.waiters.contains_key(key)
+    }
+
+    fn in_host(&self, key: &BlockKey, block: &Block) -> Residence {
+        match (block.host, &self.host) {
+            (Some(frame), Some(host)) if host.is_evictable(frame) => Residence::Free,
+            (Some(_), _) => Residence::Held,
+            (None, _) if self.is_asked_for(key) => Residence::Held,
+            (None, _) if self.transfers.failed_hints.contains(key) => Residence::Held,
+            (None, _) => Residence::Absent,
+        }
+    }
+
+    fn frames(&self) -> Frames {
+        let of = |host: &HostTier| Frames {
+            all: host.table().layout().frame_count(),
+            free: host.counts().free,
+        };
+        self.host.as_ref().map_or(Frames { all: 0, free: 0 }, of)
+    }
+
+    fn can_write(&self) -> bool {
+        self.transfers.can_write()
+    }
+
+    fn queue_write(&mut self, key: &BlockKey) {
+        self.transfers.tails.remove(key);
+        self.transfers.queue_write(*key);
+    }
+
+    fn free_frame(&mut self, key: &BlockKey) {
+        let frame = self.directory.get(key).and_then(|block| block.host);
+        if let (Some(frame), Some(host)) = (frame, &mut self.host) {
+            host.free(frame);
+            self.leave_host(key, MissReason::Evicted);
+            self.transfers.evictions_host += 1;
+            self.metrics.evictions.with_label_values(&["host"]).inc();
+        }
+    }
+
+    fn disk_room(&self, bytes: u64) -> DiskRoom {
+        let limit = self.transfers.disk_bytes_max.min(self.transfers.disk_bytes_fitting);
+        let under_way = self.transfers.writing as u64 * bytes;
+        if bytes > limit {
+            DiskRoom::Never
+        } else if self.transfers.stored_bytes + under_way + bytes > limit {
+            DiskRoom::Full
+        } else {
+            DiskRoom::Fits
+        }
+    }
+
+    fn drop_from_disk(&mut self, key: &BlockKey) {
+        let bytes = self.disk_bytes(key);
+        let Some(block) = self.directory.get_mut(key).filter(|block| block.is_stored()) else {
+            return;
+        };
+        block.disk = OnDisk::Absent;
+        if block.host.is_none() {
+            self.directory.remove(key, MissReason::Evicted);
+        }
+        self.transfers.unstore(*key, bytes);
+        self.transfers.evictions_disk += 1;
+        self.metrics.evictions.with_label_values(&["disk"]).inc();
     }
 }
 

@@ -80,6 +80,8 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         disk_bytes: if config.disk_dir.is_some() { config.disk_bytes } else { 0 },
         ttl_ms: config.ttl.map(|ttl| ttl.as_millis() as u64),
         tail_idle_ms: config.tail_idle.as_millis() as u64,
+        tenant_share: config.tenant_share,
+        write_bytes_per_day: config.write_bytes_per_day,
     };
     let store = Store::new(store_config, disk, metrics.clone());
     let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done);

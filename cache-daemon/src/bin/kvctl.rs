@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use cache_daemon::config::parse_bytes;
+use cache_daemon::config::{parse_bytes, whole_percent};
 use cache_daemon::sim::convert;
 use cache_daemon::sim::generate::{Pause, Population, generate, read_lengths};
 use cache_daemon::sim::replay::{Contender, Outcome, Prepared, Settings};
 use cache_daemon::sim::schedule::Server;
 use cache_daemon::sim::trace::{Trace, open};
+use cache_daemon::store::TenantShare;
 use clap::{Args, Parser, Subcommand};
 
 /// Look into the KV cache.
@@ -50,6 +51,18 @@ struct Replay {
     /// Seconds before a later turn at which its client says that it will come.
     #[arg(long, default_value_t = 0.0)]
     anticipate: f64,
+    /// Foretell each conversation's next turn by its pauses.
+    #[arg(long)]
+    think_time: bool,
+    /// Percent of host memory that a tenant may have before its own blocks leave first.
+    #[arg(long, default_value_t = 100, value_parser = whole_percent())]
+    tenant_host_share: u8,
+    /// Percent of the disk that a tenant may have before its own blocks leave first.
+    #[arg(long, default_value_t = 100, value_parser = whole_percent())]
+    tenant_disk_share: u8,
+    /// Bytes that may be written to disk in a day; without it there is no bound.
+    #[arg(long, value_parser = parse_bytes)]
+    write_bytes_per_day: Option<u64>,
     /// Started turns that are not counted.
     #[arg(long, default_value_t = 0)]
     warm_up: usize,
@@ -121,6 +134,9 @@ enum Convert {
         /// Of the starts.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Blocks of the recording that make one of the trace.
+        #[arg(long, default_value_t = 1)]
+        merge: usize,
     },
 }
 
@@ -173,7 +189,14 @@ impl Replay {
                 disk_bytes_per_s: self.disk_rate as f64,
                 token_bytes: self.token_bytes,
                 anticipate_us: (self.anticipate * 1e6) as u64,
+                think_time: self.think_time,
                 warm_up_turns: self.warm_up,
+                tenant_share: TenantShare {
+                    host: self.tenant_host_share,
+                    disk: self.tenant_disk_share,
+                },
+                write_bytes_per_day: self.write_bytes_per_day,
+                faults: None,
             });
             outcomes.push((policy, outcome, began.elapsed()));
         }
@@ -257,13 +280,19 @@ impl Convert {
     fn run(&self) -> anyhow::Result<()> {
         let trace = match self {
             Convert::Mooncake { file } => convert::mooncake(opened(file)?)?,
-            Convert::Coding { files, rate, pause_max, seed } => {
+            Convert::Coding { files, rate, pause_max, seed, merge } => {
                 let opened = files
                     .iter()
                     .map(|path| File::open(path).with_context(|| format!("{}", path.display())));
                 let opened = opened.collect::<anyhow::Result<Vec<_>>>()?;
                 let readers = opened.into_iter().map(std::io::BufReader::new);
-                convert::coding_sessions(readers, *rate, *pause_max, *seed)?
+                let recording = convert::Recording {
+                    sessions_per_s: *rate,
+                    pause_max_s: *pause_max,
+                    seed: *seed,
+                    merge: *merge,
+                };
+                convert::coding_sessions(readers, &recording)?
             }
         };
         print_trace(&trace)

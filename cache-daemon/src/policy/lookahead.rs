@@ -34,9 +34,10 @@ pub fn eviction_window(host_blocks: u64, disk_blocks: u64, blocks_mean: u64) -> 
 
 /// Classes of blocks; the lower leaves first.
 #[derive(Clone, Copy)]
+#[repr(u8)]
 enum Class {
     /// No turn needs it: least recently used first.
-    NotNeeded,
+    NotNeeded = Rank::CLASS_FIRST,
     /// Its conversation is expected back: the latest first.
     Predicted,
     /// A queued turn needs it: the farthest from the queue's head first.
@@ -56,6 +57,9 @@ pub fn rank(known: &Known) -> Rank {
 fn farthest_first(distance: u64) -> u64 {
     Rank::ORDER_MAX - distance.min(Rank::ORDER_MAX)
 }
+
+const _: () =
+    assert!(Class::Queued as u8 <= Rank::CLASS_LAST, "pinned blocks have classes of their own");
 
 /// Whether a block may leave host memory so that a turn's block can come before it is asked for: never one
 /// that this turn or an earlier one needs.

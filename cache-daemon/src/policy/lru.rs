@@ -4,7 +4,7 @@ use super::{Known, Rank};
 
 /// Oldest use first; of one chain, the last block first.
 pub fn rank(known: &Known) -> Rank {
-    Rank::new(0, known.used_ms, known.depth)
+    Rank::new(Rank::CLASS_FIRST, known.used_ms, known.depth)
 }
 
 #[cfg(test)]

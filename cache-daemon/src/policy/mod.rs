@@ -7,17 +7,20 @@
 //! [`lookahead`] is CachedAttention's (ATC'24, 3.3.1 and 3.3.2); [`lru`], [`fifo`] and [`s3fifo`] are there to
 //! compare with: they see no queue, and promote only what a lookup asks for.
 
+pub mod budget;
 pub mod fifo;
 pub mod index;
 pub mod lookahead;
 pub mod lru;
 pub mod order;
+pub mod pauses;
+pub mod retention;
 pub mod s3fifo;
 
 use std::cmp::Reverse;
 
 pub use index::{Index, Promote, Residence, Standing};
-pub use order::{Order, Victim};
+pub use order::{Limits, Order, Victim, Walk};
 
 /// When a waiting turn starts, relative to the others: the smallest starts first. Absolute, not a place: a
 /// turn keeps its ticket when those before it leave the queue.
@@ -28,9 +31,18 @@ impl QueueTicket {
     /// From here on turns that are foretold but not queued: no queue ever counts so far.
     const ANTICIPATED: u64 = 1 << 60;
 
+    /// From here on turns that nobody told of.
+    const FORETOLD: u64 = Self::ANTICIPATED + (1 << 59);
+
     /// Of the `nth` anticipation: after every queued turn and after the anticipations before it.
     pub fn anticipated(nth: u64) -> Self {
         Self(Self::ANTICIPATED + nth)
+    }
+
+    /// Of a turn that only its conversation's pauses foretell, for this time: after all others, the soonest
+    /// first.
+    pub fn foretold(returns_ms: u64) -> Self {
+        Self(Self::FORETOLD + returns_ms)
     }
 
     /// Whether the turn is not in the queue yet.
@@ -39,8 +51,32 @@ impl QueueTicket {
     }
 }
 
-const _: () =
-    assert!(QueueTicket::ANTICIPATED < Rank::ORDER_MAX, "anticipations have ranks of their own");
+const _: () = assert!(
+    QueueTicket::FORETOLD < Rank::ORDER_MAX / 8 * 7,
+    "anticipations have ranks of their own"
+);
+
+/// Whose blocks, for quotas: model and tenant have one root, and a root has one of these while there are blocks
+/// of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct TenantId(pub u16);
+
+impl TenantId {
+    /// All tenants beyond the first 65,535 that have blocks at once: they share one quota.
+    pub const CROWD: Self = Self(u16::MAX);
+}
+
+/// What was said of a block beside its use ([`retention`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Keep {
+    /// Most of its own time to live has passed without a use: it leaves first.
+    Fading,
+    /// Nothing.
+    #[default]
+    Ordinary,
+    /// It leaves last.
+    Pinned,
+}
 
 /// What is known of a block: all that a rank may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +89,10 @@ pub struct Known {
     pub turn: Option<QueueTicket>,
     /// When its conversation is expected to ask again, if that can be foretold; milliseconds.
     pub returns_ms: Option<u64>,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// Whether it was pinned, or is about to expire.
+    pub keep: Keep,
 }
 
 /// A block's place in the order of leaving: the smallest leaves first.
@@ -66,15 +106,43 @@ pub struct Rank {
 impl Rank {
     /// Largest order inside a class; a larger one counts as this.
     pub const ORDER_MAX: u64 = (1 << 61) - 1;
-    /// Largest class.
-    pub const CLASS_MAX: u8 = 7;
+    /// The lowest class that a policy gives: what fades is below it.
+    pub const CLASS_FIRST: u8 = 1;
+    /// The highest class that a policy gives: what is pinned is above it.
+    pub const CLASS_LAST: u8 = 3;
+    const PINNED: u64 = 1 << 63;
 
     /// All of a class leave before the next class; inside it, by `order`; of one chain, the last block
     /// first.
     pub fn new(class: u8, order: u64, depth: u32) -> Self {
-        assert!(class <= Self::CLASS_MAX, "classes have three bits");
+        assert!(class >= Self::CLASS_FIRST, "what fades is below all classes");
+        assert!(class <= Self::CLASS_LAST, "classes have two bits");
         let class_and_order = u64::from(class) << 61 | order.min(Self::ORDER_MAX);
         Self { class_and_order, from_end: Reverse(depth) }
+    }
+
+    /// After all that is not pinned.
+    #[must_use]
+    pub fn pinned(self) -> Self {
+        Self { class_and_order: self.class_and_order | Self::PINNED, ..self }
+    }
+
+    /// Before all that does not fade.
+    #[must_use]
+    pub fn fading(self) -> Self {
+        Self { class_and_order: self.order(), ..self }
+    }
+
+    fn is_pinned(self) -> bool {
+        self.class_and_order & Self::PINNED != 0
+    }
+
+    fn is_fading(self) -> bool {
+        self.class_and_order <= Self::ORDER_MAX
+    }
+
+    fn order(self) -> u64 {
+        self.class_and_order & Self::ORDER_MAX
     }
 }
 
@@ -99,7 +167,14 @@ pub(crate) mod fixtures {
 
     /// A block that no turn needs.
     pub(crate) fn known(used_ms: u64) -> Known {
-        Known { used_ms, depth: 0, turn: None, returns_ms: None }
+        Known {
+            used_ms,
+            depth: 0,
+            turn: None,
+            returns_ms: None,
+            tenant: TenantId(0),
+            keep: Keep::Ordinary,
+        }
     }
 
     /// A block that a turn needs.

@@ -17,8 +17,9 @@ const USES_MAX: u8 = 3;
 
 /// Which queue a block waits in. The small one's class is the lower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 enum Place {
-    Small,
+    Small = Rank::CLASS_FIRST,
     Main,
 }
 
@@ -53,7 +54,7 @@ pub struct Queues {
 impl Queues {
     /// The rank of a block that is here. A newcomer's is the last, so that it is never its own victim.
     pub fn rank(&self, id: EntryId) -> Rank {
-        let newcomer = Rank::new(Rank::CLASS_MAX, 0, 0);
+        let newcomer = Rank::new(Rank::CLASS_LAST, 0, 0);
         self.blocks.get(&id).map_or(newcomer, Entry::rank)
     }
 

@@ -32,6 +32,7 @@ pub fn mooncake(reader: impl BufRead) -> Result<Trace, TraceError> {
         let new = new_tokens(row.input_length, &row.hash_ids, MOONCAKE_BLOCK_TOKENS, &mut seen);
         turns.push(TraceTurn {
             conversation: number as u32 - 1,
+            tenant: 0,
             when: When::AtMs(row.timestamp),
             cut: 0,
             new,
@@ -83,14 +84,26 @@ impl Request {
     }
 }
 
-/// Session files of kv-cache-tester (main requests only), starting as a Poisson process. Pauses are cut at
-/// `pause_max_s`; say so where figures are shown.
+/// How sessions become a trace.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Recording {
+    /// Sessions that begin a second, as a Poisson process.
+    pub sessions_per_s: f64,
+    /// Pauses are cut at so many seconds; say so where figures are shown.
+    pub pause_max_s: f64,
+    /// Of the starts.
+    pub seed: u64,
+    /// So many of the recording's blocks make one of the trace: of each such group the last one's id, which
+    /// stands for all before it. What does not fill a group has no id.
+    pub merge: usize,
+}
+
+/// Session files of kv-cache-tester (main requests only).
 pub fn coding_sessions(
     readers: impl IntoIterator<Item = impl Read>,
-    sessions_per_s: f64,
-    pause_max_s: f64,
-    seed: u64,
+    recording: &Recording,
 ) -> Result<Trace, TraceError> {
+    let Recording { sessions_per_s, pause_max_s, seed, merge } = *recording;
     let bad = |line, message: String| TraceError::Line { line, message };
     let gaps = Exp::new(sessions_per_s).map_err(|error| bad(0, error.to_string()))?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -98,13 +111,13 @@ pub fn coding_sessions(
     for (conversation, reader) in (0_u32..).zip(readers) {
         let session: Session = serde_json::from_reader(reader)
             .map_err(|error| bad(conversation as usize + 1, error.to_string()))?;
-        block_tokens = session.block_size;
+        block_tokens = session.block_size * merge.max(1) as u32;
         at += gaps.sample(&mut rng);
         let (mut seen, mut before) = (HashSet::new(), None);
         for request in session.requests.iter().filter(|request| request.kind != "subagent") {
             // Ids mean something inside their session only.
-            let ids = request.hash_ids.iter().map(|id| u64::from(conversation) << 40 | id);
-            let ids: Vec<u64> = ids.collect();
+            let merged = request.hash_ids.chunks_exact(merge.max(1)).filter_map(|ids| ids.last());
+            let ids: Vec<u64> = merged.map(|id| u64::from(conversation) << 24 | id).collect();
             let new = new_tokens(request.input, &ids, block_tokens, &mut seen);
             let when = match before.replace(request) {
                 None => When::AtMs((at * 1e3) as u64),
@@ -113,7 +126,7 @@ pub fn coding_sessions(
                 }
             };
             let (answer, blocks) = (request.output, Some(ids));
-            turns.push(TraceTurn { conversation, when, cut: 0, new, answer, blocks });
+            turns.push(TraceTurn { conversation, tenant: 0, when, cut: 0, new, answer, blocks });
         }
     }
     Ok(Trace::new("coding-sessions", block_tokens, turns))
@@ -140,8 +153,22 @@ mod tests {
             {"t": 0, "type": "s", "in": 70, "out": 3, "hash_ids": [1], "api_time": 2.5},
             {"t": 1, "type": "subagent"},
             {"t": 10, "type": "n", "in": 140, "out": 3, "hash_ids": [1, 2], "think_time": 99}]}"#;
-        let read = |max| coding_sessions([session.as_bytes()], 1.0, max, 1).unwrap().turns[1].when;
+        let read = |pause_max_s| {
+            let recording = Recording { sessions_per_s: 1.0, pause_max_s, seed: 1, merge: 1 };
+            coding_sessions([session.as_bytes()], &recording).unwrap().turns[1].when
+        };
         assert_eq!(read(60.0), When::AfterMs(7500));
         assert_eq!(read(5.0), When::AfterMs(5000));
+    }
+
+    #[test]
+    fn a_merged_block_stands_for_all_before_it() {
+        let session = r#"{"block_size": 64, "requests": [
+            {"t": 0, "type": "s", "in": 330, "out": 3, "hash_ids": [1, 2, 3, 4, 5]}]}"#;
+        let recording = Recording { sessions_per_s: 1.0, pause_max_s: 1.0, seed: 1, merge: 2 };
+        let trace = coding_sessions([session.as_bytes()], &recording).unwrap();
+        assert_eq!(trace.header.block_tokens, 128);
+        assert_eq!(trace.turns[0].blocks, Some(vec![2, 4]));
+        assert_eq!(trace.turns[0].new, 330);
     }
 }

@@ -121,7 +121,7 @@ pub fn generate(
             let new = user.min(population.context - answer);
             let cut = overflow(history, new + answer, population);
             history = history - cut + new + answer;
-            turns.push(TraceTurn { conversation, when, cut, new, answer, blocks: None });
+            turns.push(TraceTurn { conversation, tenant: 0, when, cut, new, answer, blocks: None });
         }
     }
     Ok(Trace::new(name, population.block_tokens, turns))

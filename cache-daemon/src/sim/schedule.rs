@@ -103,6 +103,7 @@ mod tests {
     fn turns_wait_for_a_place_and_for_their_conversation() {
         let turn = |conversation, when| TraceTurn {
             conversation,
+            tenant: 0,
             when,
             cut: 0,
             new: 0,

@@ -62,6 +62,9 @@ pub enum When {
 pub struct TraceTurn {
     /// Number of its conversation.
     pub conversation: u32,
+    /// Number of its tenant, the same for all turns of a conversation.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tenant: u32,
     /// When it is asked for.
     #[serde(flatten)]
     pub when: When,
@@ -153,6 +156,7 @@ mod tests {
     fn what_is_written_is_read() {
         let turn = |when, blocks| TraceTurn {
             conversation: 3,
+            tenant: 1,
             when,
             cut: 64,
             new: 10,
@@ -184,7 +188,7 @@ mod tests {
             splice in "[-0-9a-z{}\\[\\],:\"\n\\\\]{0,12}",
         ) {
             let turn = |when| TraceTurn {
-                conversation: 3, when, cut: 64, new: 10, answer: 20, blocks: Some(vec![1, 2]),
+                conversation: 3, tenant: 1, when, cut: 64, new: 10, answer: 20, blocks: Some(vec![1, 2]),
             };
             let trace = Trace::new("test", 64, vec![turn(When::AtMs(5)), turn(When::AfterMs(7))]);
             let mut bytes = Vec::new();

@@ -1,0 +1,91 @@
+//! Policies in a real daemon: quotas between two tenants, and a drive that has to last.
+
+mod support;
+
+use std::path::Path;
+
+use support::{Daemon, Driver, conversation, geometry, region_bytes, until};
+
+/// Blocks of a conversation here.
+const BLOCKS: u32 = 40;
+
+fn start(dir: &Path, frames: u64, more: &[&str]) -> Daemon {
+    let binary = Path::new(env!("CARGO_BIN_EXE_cache-daemon"));
+    Daemon::start(binary, dir, region_bytes(frames), more)
+}
+
+fn tenant(daemon: &Daemon, salt: &[u8]) -> Driver {
+    let mut driver = Driver::spawn(&daemon.socket, geometry(), salt);
+    driver.wait_attached();
+    driver
+}
+
+/// How many of the quiet tenant's ten conversations are whole after the noisy one has sent sixty, which are
+/// more than all that the disk holds.
+fn whole_beside_a_noisy_tenant(share: u8) -> usize {
+    let dir = tempfile::tempdir().unwrap();
+    let shares = [format!("--tenant-host-share={share}"), format!("--tenant-disk-share={share}")];
+    let daemon = start(dir.path(), 64, &["--disk-bytes=16777216", &shares[0], &shares[1]]);
+    let (mut quiet, mut noisy) = (tenant(&daemon, b"quiet"), tenant(&daemon, b"noisy"));
+    let conversations: Vec<_> = (0..10).map(|number| conversation(number, 16 * BLOCKS)).collect();
+    for tokens in &conversations {
+        quiet.save(tokens).unwrap();
+    }
+    until("the quiet tenant's blocks are on disk", || {
+        (daemon.status_u64("/writes") == 10 * u64::from(BLOCKS)).then_some(())
+    });
+    for number in 100..160 {
+        noisy.save(&conversation(number, 16 * BLOCKS)).unwrap();
+    }
+    until("the disk tier has dropped many blocks", || {
+        (daemon.status_u64("/evictions_disk") > 700).then_some(())
+    });
+    let is_whole = |tokens: &&Vec<u32>| quiet.load(tokens).unwrap().tokens == tokens.len();
+    conversations.iter().filter(is_whole).count()
+}
+
+#[test]
+fn a_noisy_tenant_pushes_out_a_quiet_one_only_where_there_is_no_quota() {
+    assert!(whole_beside_a_noisy_tenant(100) < 10, "the noise was not loud enough");
+    assert_eq!(whole_beside_a_noisy_tenant(50), 10);
+}
+
+#[test]
+fn a_drive_that_has_to_last_takes_first_what_was_used_again() {
+    let dir = tempfile::tempdir().unwrap();
+    // A mebibyte an hour: the first half for everything, the other for what was used again.
+    let daemon = start(dir.path(), 512, &["--disk-write-bytes-per-day=24MiB"]);
+    let mut driver = tenant(&daemon, b"");
+    let conversations: Vec<_> = (0..5).map(|number| conversation(number, 16 * BLOCKS)).collect();
+    for tokens in &conversations {
+        driver.save(tokens).unwrap();
+    }
+    let spared = r#"colloquy_cache_disk_writes_skipped_total{reason="budget"}"#;
+    until("each block is written or spared", || {
+        let metrics = daemon.get("/metrics");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(spared))?;
+        let spared: u64 = line.trim().parse().ok()?;
+        (daemon.status_u64("/writes") + spared == 5 * u64::from(BLOCKS)).then_some(())
+    });
+    let stored = || daemon.status_u64("/disk/stored_bytes");
+    let before = stored();
+    assert!((400 << 10..=512 << 10).contains(&before), "{before} bytes are about half of it");
+    let last = &conversations[4];
+    assert_eq!(driver.load(last).unwrap().host, BLOCKS as usize);
+    until("what was used again is written", || (stored() > before + (300 << 10)).then_some(()));
+    assert!(stored() <= 1 << 20);
+}
+
+#[test]
+fn bad_shares_and_rates_end_with_a_sentence() {
+    for bad in
+        ["--tenant-host-share=0", "--tenant-disk-share=101", "--disk-drive-writes-per-day=-1"]
+    {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_cache-daemon"))
+            .args(["supervise", "--host-bytes=64MiB", bad])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(64), "{bad}");
+        assert!(!output.stderr.is_empty(), "{bad}");
+    }
+}
