@@ -497,10 +497,10 @@ impl<C: Cache> Engine<C> {
                     }
                 }
                 cache::Event::Found { tag, blocks, on_disk, miss } => {
-                    self.found(tag, blocks, on_disk > 0, miss);
+                    self.found(tag, blocks, on_disk, miss);
                 }
                 cache::Event::Promoted { tag, blocks, miss } => {
-                    self.found(tag, blocks, false, miss);
+                    self.found(tag, blocks, 0, miss);
                 }
                 cache::Event::Committed(outcome) => {
                     let outcome = match outcome {

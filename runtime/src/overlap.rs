@@ -1,4 +1,5 @@
-//! When to load a history, and when not: CachedAttention's buffers as functions of measured rates.
+//! When to load a history, when to wait for it, and when to compute it: CachedAttention's buffers as functions of
+//! measured rates of the link, the disk and the prefill.
 //!
 //! A history is copied layer by layer ahead of the compute (ATC'24, section 3.2.1). The copy hides entirely
 //! behind the prefill of the new tokens while `T_load * L_hist <= T_pref * L_new`; otherwise it must
@@ -20,6 +21,8 @@ const SHARE: f64 = 0.125;
 /// measurements replace them.
 const PREFILL_SECONDS_PER_TOKEN: f64 = 1.0 / 250.0;
 const LOAD_SECONDS_PER_TOKEN: f64 = 1.0 / 100_000.0;
+/// A disk is worth a try.
+const PROMOTE_SECONDS_PER_TOKEN: f64 = 0.0;
 
 /// A queue waits at least this long for an answer of the daemon: a round trip through two rings on a
 /// busy machine. Below it, recomputing is never worth the trouble of a miss.
@@ -30,6 +33,7 @@ pub const ANSWER_WAIT_MIN: Duration = Duration::from_millis(20);
 pub struct Rates {
     prefill: Rate,
     load: Rate,
+    promote: Rate,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,6 +70,7 @@ impl Default for Rates {
         Self {
             prefill: Rate::guess(PREFILL_SECONDS_PER_TOKEN),
             load: Rate::guess(LOAD_SECONDS_PER_TOKEN),
+            promote: Rate::guess(PROMOTE_SECONDS_PER_TOKEN),
         }
     }
 }
@@ -79,6 +84,23 @@ impl Rates {
     /// `tokens` of KV went from frames to device blocks in `time`.
     pub fn observe_load(&mut self, tokens: u32, time: Duration) {
         self.load.observe(tokens, time);
+    }
+
+    /// The daemon brought `tokens` of KV from disk in `time`, what was before them in its queue included.
+    pub fn observe_promote(&mut self, tokens: u32, time: Duration) {
+        self.promote.observe(tokens, time);
+    }
+
+    /// It had not brought them after `time`: the rate is no better than that.
+    pub fn observe_late_promote(&mut self, tokens: u32, time: Duration) {
+        if time.as_secs_f64() > self.promote.seconds(tokens) {
+            self.promote.observe(tokens, time);
+        }
+    }
+
+    /// A promote was not worth waiting for: as with loads, a slow one does not end all for good.
+    pub fn doubt_promote(&mut self) {
+        self.promote.seconds_per_token *= 1.0 - SHARE;
     }
 
     /// A load was not worth its time: the rate is trusted a little less, so that one slow copy does not
@@ -107,6 +129,12 @@ impl Rates {
     /// Whether loading `tokens` from frames is faster than computing them.
     pub fn load_pays(&self, tokens: u32) -> bool {
         self.load.seconds(tokens) < self.prefill.seconds(tokens)
+    }
+
+    /// Whether waiting until `tokens` have come from disk, and loading them, is faster than computing them.
+    pub fn promote_pays(&self, tokens: u32) -> bool {
+        let seconds = self.promote.seconds(tokens) + self.load.seconds(tokens);
+        seconds < self.prefill.seconds(tokens)
     }
 
     /// How long a sequence may stay queued for `tokens` that the daemon brings: no longer than
@@ -169,6 +197,30 @@ mod tests {
         }
         let refusals = std::iter::from_fn(|| (!rates.load_pays(1000)).then(|| rates.doubt_load()));
         assert!(refusals.take(100).count() < 100);
+    }
+
+    #[test]
+    fn a_history_that_comes_from_disk_slower_than_it_computes_is_not_waited_for() {
+        let mut rates = paper();
+        assert!(rates.promote_pays(1000), "a disk that was never seen is tried");
+        rates.observe_promote(1000, Duration::from_millis(60));
+        assert!(rates.promote_pays(1000), "60 + 94 ms against 180");
+        for _late in 0..16 {
+            rates.observe_late_promote(1000, Duration::from_millis(100));
+        }
+        assert!(!rates.promote_pays(1000), "100 + 94 ms");
+        let refusals =
+            std::iter::from_fn(|| (!rates.promote_pays(1000)).then(|| rates.doubt_promote()));
+        assert!(refusals.take(100).count() < 100, "and it is tried again");
+    }
+
+    #[test]
+    fn a_deadline_teaches_nothing_about_a_disk_known_to_be_slower() {
+        let mut rates = paper();
+        rates.observe_promote(1000, Duration::from_secs(2));
+        let before = rates.clone();
+        rates.observe_late_promote(1000, Duration::from_millis(100));
+        assert_eq!(rates, before);
     }
 
     #[test]

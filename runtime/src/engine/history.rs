@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The wait for promotes is bounded by the time that computing takes (design invariant 4): a daemon
-//! that is slow, dead or gone costs that time at most, and no step ever waits for it.
+//! that is slow, dead or gone costs that time at most, and no step ever waits for it. Where the disk is known to
+//! take longer than that, there is no wait: the promote goes on for the next turn's sake.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -35,6 +36,8 @@ pub struct Ask {
     sequence: SequenceId,
     /// What was found, by place.
     blocks: Vec<HostBlock>,
+    /// Tokens on their way from disk, and since when.
+    awaited: Option<(u32, Duration)>,
 }
 
 /// A load under way. It holds its blocks, and the pins of its frames.
@@ -91,7 +94,7 @@ impl<C: Cache> Engine<C> {
         let hint = expected_start(&self.state, &self.rates, place);
         cache.enqueue(tag, wanted, hint);
         self.histories.tags.insert(id, tag);
-        self.histories.asks.insert(tag, Ask { sequence: id, blocks: Vec::new() });
+        self.histories.asks.insert(tag, Ask { sequence: id, blocks: Vec::new(), awaited: None });
     }
 
     /// Tells the cache where the first waiting sequences stand now.
@@ -114,6 +117,11 @@ impl<C: Cache> Engine<C> {
                 Gate::Asked { until } if now >= until => {
                     sequence.miss = Some(MissReason::Late);
                     sequence.gate = Gate::Open;
+                    let tag = self.histories.tags.get(&sequence.id);
+                    let ask = tag.and_then(|tag| self.histories.asks.get_mut(tag));
+                    if let Some((tokens, since)) = ask.and_then(|ask| ask.awaited.take()) {
+                        self.rates.observe_late_promote(tokens, now.saturating_sub(since));
+                    }
                 }
                 Gate::Unasked => {
                     sequence.gate = Gate::Open;
@@ -151,14 +159,17 @@ impl<C: Cache> Engine<C> {
         self.state.waiting.iter().filter_map(until).min()
     }
 
-    /// The cache has found, or promoted, blocks. `more`: others are on their way.
+    /// The cache has found, or promoted, blocks; `on_disk` others are on their way. Those are waited for if they
+    /// can be here before they could be computed.
     pub(super) fn found(
         &mut self,
         tag: SequenceTag,
         blocks: Vec<HostBlock>,
-        more: bool,
+        on_disk: u32,
         miss: Option<MissReason>,
     ) {
+        let now = (self.clock)();
+        let tokens = on_disk * self.state.pool.tokens_per_block();
         let Some(ask) = self.histories.asks.get_mut(&tag) else { return };
         let Some(sequence) = self.state.waiting_mut(ask.sequence) else { return };
         ask.blocks.extend(blocks);
@@ -171,7 +182,17 @@ impl<C: Cache> Engine<C> {
         });
         sequence.offer = offered.collect();
         sequence.miss = miss.or(sequence.miss);
-        if matches!(sequence.gate, Gate::Asked { .. }) && !more {
+        if let Some((tokens, since)) = ask.awaited.take() {
+            self.rates.observe_promote(tokens, now.saturating_sub(since));
+        }
+        let is_asked = matches!(sequence.gate, Gate::Asked { .. });
+        if is_asked && on_disk > 0 && self.rates.promote_pays(tokens) {
+            ask.awaited = Some((tokens, now));
+        } else if is_asked {
+            if on_disk > 0 {
+                self.rates.doubt_promote();
+                sequence.miss = Some(MissReason::SlowerThanRecompute);
+            }
             sequence.gate = Gate::Open;
         }
     }
@@ -179,7 +200,10 @@ impl<C: Cache> Engine<C> {
     /// The daemon is gone, or another one is there: what was found or asked under the old attachment is
     /// void. Sequences that were not placed yet ask again, or go on without.
     pub(super) fn reattached(&mut self) {
-        self.histories.asks.values_mut().for_each(|ask| ask.blocks.clear());
+        for ask in self.histories.asks.values_mut() {
+            ask.blocks.clear();
+            ask.awaited = None;
+        }
         for sequence in &mut self.state.waiting {
             if !matches!(sequence.gate, Gate::Placed { .. }) {
                 sequence.gate = Gate::Unasked;
