@@ -211,7 +211,8 @@ impl SlotFile for File {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(self, punch, at, bytes) {
             Ok(()) => {
-                // Allocated again, as at first. Where that fails a later write may find the volume full.
+                // Allocated again, as at first. Where that fails a later write may find the
+                // volume full, as on a file system that allocates nothing ahead.
                 let _ = rustix::fs::fallocate(self, FallocateFlags::empty(), at, bytes);
                 Ok(())
             }

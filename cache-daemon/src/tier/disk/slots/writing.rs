@@ -150,12 +150,8 @@ impl SlotTier {
             if is_media_failure(&source) {
                 self.lock().space.quarantine(place.slot.at);
             }
-            let needed = slot_bytes(geometry);
-            WriteFailure::Disk(if media::is_full(&source) {
-                DiskError::Full { needed } // Its space was not to be had ahead, see `Media::create`.
-            } else {
-                DiskError::Io { what: "writing a slot", source }
-            })
+            // No space is a failure, too: what was allocated ahead is there, or something is wrong.
+            WriteFailure::Disk(DiskError::Io { what: "writing a slot", source })
         })
     }
 
