@@ -13,12 +13,18 @@ const HOST_BYTES_MAX: u64 = 1 << 42;
 /// Fewest bytes of a disk tier: RocksDB's own files need some.
 const DISK_BYTES_MIN: u64 = 16 << 20;
 
+/// Name of the admin API's socket, in the folder of the handshake's.
+pub const ADMIN_SOCKET_FILE: &str = "admin.sock";
+
 /// Flags of both commands, as given.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Flags {
     /// Unix socket of the handshake.
     #[arg(long, env = "COLLOQUY_SOCKET", default_value = "/run/kv/daemon.sock")]
     pub socket: PathBuf,
+    /// Unix socket of the admin API, its owner's alone; by default admin.sock beside the handshake's.
+    #[arg(long, env = "COLLOQUY_ADMIN_SOCKET")]
+    pub admin_socket: Option<PathBuf>,
     /// Bytes of the shared region (plain, or with KiB, MiB, GiB).
     #[arg(long, env = "COLLOQUY_HOST_BYTES", value_parser = parse_bytes)]
     pub host_bytes: u64,
@@ -43,6 +49,9 @@ pub struct Flags {
     /// Seconds after its last use at which a conversation counts as idle and its tail goes to disk.
     #[arg(long, env = "COLLOQUY_TAIL_IDLE_SECONDS", default_value_t = 10)]
     pub tail_idle_seconds: u64,
+    /// Seconds after a conversation's deletion at which no byte of it is left on disk.
+    #[arg(long, env = "COLLOQUY_DELETION_DEADLINE_SECONDS", default_value_t = 60)]
+    pub deletion_deadline_seconds: u64,
     /// Percent of the host tier that a tenant may have before its own blocks leave first; 100 is no bound.
     #[arg(long, env = "COLLOQUY_TENANT_HOST_SHARE", default_value_t = 100, value_parser = whole_percent())]
     pub tenant_host_share: u8,
@@ -71,6 +80,8 @@ pub fn whole_percent() -> clap::builder::RangedI64ValueParser<u8> {
 pub struct Config {
     /// See [`Flags::socket`].
     pub socket: PathBuf,
+    /// See [`Flags::admin_socket`].
+    pub admin_socket: PathBuf,
     /// Whole pages.
     pub host_bytes: u64,
     /// See [`Flags::disk_dir`].
@@ -91,6 +102,8 @@ pub struct Config {
     pub tenant_share: TenantShare,
     /// See [`Flags::disk_write_bytes_per_day`].
     pub write_bytes_per_day: Option<u64>,
+    /// See [`Flags::deletion_deadline_seconds`].
+    pub deletion_deadline: Duration,
 }
 
 /// A flag that cannot be: exit code 64.
@@ -139,7 +152,9 @@ impl TryFrom<Flags> for Config {
             return Err(ConfigError::Rate { flag, value });
         }
         let drive_writes = drive_writes.map(|rate| (rate * flags.disk_bytes as f64) as u64);
+        let beside = || flags.socket.with_file_name(ADMIN_SOCKET_FILE);
         Ok(Self {
+            admin_socket: flags.admin_socket.unwrap_or_else(beside),
             socket: flags.socket,
             host_bytes,
             disk_dir: flags.disk_dir,
@@ -154,6 +169,7 @@ impl TryFrom<Flags> for Config {
                 disk: flags.tenant_disk_share,
             },
             write_bytes_per_day: flags.disk_write_bytes_per_day.or(drive_writes),
+            deletion_deadline: Duration::from_secs(flags.deletion_deadline_seconds),
         })
     }
 }

@@ -1,29 +1,48 @@
-//! Conversation records: opaque bytes under a name. The index of all, and the bytes of the newest.
+//! Conversation records: the index of all, with an outline of each, and the bytes of the newest.
 //!
 //! A record put is answered from memory until it is on disk, and after that while it is recent: a `get`
 //! right after a `put` never races the disk.
+//!
+//! **Invariants**
+//! - `owners` counts, for each block's short name, the records whose chain has the block.
+//! - `ends` names, for each block behind which a conversation may go on, those conversations: the last one
+//!   of its chain, and those stored behind that.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use kv_protocol::ConversationId;
 
+use crate::outline::Outline;
+
 /// Bytes of recent records kept in memory.
 const RECENT_BYTES_MAX: u64 = 16 << 20;
 /// Records known at once, whatever their size.
 const RECORDS_MAX: usize = 1 << 20;
+/// Conversations with one end that are looked at for a new block: a popular prompt may have more.
+const ENDS_SCANNED_MAX: usize = 4096;
 
-#[derive(Debug, Clone, Copy)]
-struct Known {
-    updated_ms: u64,
-    bytes: u64,
+/// What is known of a record.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Of the put, Unix milliseconds.
+    pub updated_ms: u64,
+    /// Of the record.
+    pub bytes: u64,
+    /// What it says.
+    pub outline: Outline,
 }
+
+/// Place in the order of last use.
+pub type Age = (u64, ConversationId);
 
 /// See the module.
 #[derive(Debug)]
 pub struct Conversations {
     known: HashMap<ConversationId, Known>,
-    by_age: BTreeSet<(u64, ConversationId)>,
+    by_age: BTreeSet<Age>,
+    owners: HashMap<u64, u32>,
+    ends: HashMap<u64, Vec<ConversationId>>,
     bytes: u64,
     bytes_max: u64,
     recent: HashMap<ConversationId, Arc<[u8]>>,
@@ -37,6 +56,8 @@ impl Conversations {
         Self {
             known: HashMap::new(),
             by_age: BTreeSet::new(),
+            owners: HashMap::new(),
+            ends: HashMap::new(),
             bytes: 0,
             bytes_max,
             recent: HashMap::new(),
@@ -60,23 +81,55 @@ impl Conversations {
         self.known.contains_key(id)
     }
 
+    /// What is known of one.
+    pub fn get(&self, id: &ConversationId) -> Option<&Known> {
+        self.known.get(id)
+    }
+
+    /// All of them, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (&ConversationId, &Known)> {
+        self.known.iter()
+    }
+
+    /// Those last used before `age`, the most recently used first.
+    pub fn before(&self, age: Option<Age>) -> impl Iterator<Item = (Age, &Known)> {
+        let end = age.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let ages = self.by_age.range((std::ops::Bound::Unbounded, end)).rev();
+        ages.filter_map(|age| Some((*age, self.known.get(&age.1)?)))
+    }
+
+    /// How many records have a block in their chain.
+    pub fn owners(&self, block: u64) -> u32 {
+        self.owners.get(&block).copied().unwrap_or_default()
+    }
+
     /// A record found on disk, older than whatever was put since.
-    pub fn found(&mut self, id: ConversationId, updated_ms: u64, bytes: u64) {
+    pub fn found(&mut self, id: ConversationId, updated_ms: u64, bytes: u64, outline: Outline) {
         if !self.contains(&id) {
-            self.set(id, updated_ms, bytes);
+            self.set(id, Known { updated_ms, bytes, outline });
         }
     }
 
-    fn set(&mut self, id: ConversationId, updated_ms: u64, bytes: u64) {
+    fn set(&mut self, id: ConversationId, known: Known) {
         self.forget(&id);
-        self.known.insert(id, Known { updated_ms, bytes });
-        self.by_age.insert((updated_ms, id));
-        self.bytes += bytes;
+        for block in &known.outline.blocks {
+            *self.owners.entry(*block).or_default() += 1;
+        }
+        self.ends.entry(known.outline.open).or_default().push(id);
+        self.by_age.insert((known.updated_ms, id));
+        self.bytes += known.bytes;
+        self.known.insert(id, known);
     }
 
     /// A new or newer record.
-    pub fn put(&mut self, id: ConversationId, updated_ms: u64, record: Arc<[u8]>) {
-        self.set(id, updated_ms, record.len() as u64);
+    pub fn put(
+        &mut self,
+        id: ConversationId,
+        updated_ms: u64,
+        record: Arc<[u8]>,
+        outline: Outline,
+    ) {
+        self.set(id, Known { updated_ms, bytes: record.len() as u64, outline });
         self.recent_bytes += record.len() as u64;
         self.recent.insert(id, record);
         self.recent_order.push_back(id);
@@ -92,21 +145,54 @@ impl Conversations {
         }
     }
 
+    /// A block is stored: if it goes on where a conversation ends, it is that conversation's.
+    pub fn goes_on(&mut self, parent: u64, block: u64, tokens: &[u32], is_full: bool) {
+        let Some(here) = self.ends.get(&parent) else { return };
+        let mut found = Vec::new();
+        for id in here.iter().rev().take(ENDS_SCANNED_MAX) {
+            let Some(Known { outline, .. }) = self.known.get_mut(id) else { continue };
+            let is_end = outline.open == parent;
+            let is_ours = !is_end || outline.tail.is_empty() || outline.is_tail(tokens);
+            if is_ours && outline.add_former(block) {
+                found.push(*id);
+            }
+        }
+        if is_full && !found.is_empty() {
+            self.ends.entry(block).or_default().extend(found);
+        }
+    }
+
     /// A record that is in memory.
     pub fn recent(&self, id: &ConversationId) -> Option<&Arc<[u8]>> {
         self.recent.get(id)
     }
 
     /// Forgets a record.
-    pub fn forget(&mut self, id: &ConversationId) {
-        if let Some(known) = self.known.remove(id) {
-            self.by_age.remove(&(known.updated_ms, *id));
-            self.bytes -= known.bytes;
-        }
+    pub fn forget(&mut self, id: &ConversationId) -> Option<Known> {
         if self.recent.contains_key(id) {
             self.drop_recent(id);
             self.recent_order.retain(|other| other != id);
         }
+        let known = self.known.remove(id)?;
+        self.by_age.remove(&(known.updated_ms, *id));
+        self.bytes -= known.bytes;
+        for end in known.outline.former.iter().chain([&known.outline.open]) {
+            if let Some(here) = self.ends.get_mut(end) {
+                here.retain(|other| other != id);
+                if here.is_empty() {
+                    self.ends.remove(end);
+                }
+            }
+        }
+        for block in &known.outline.blocks {
+            if let Some(owners) = self.owners.get_mut(block) {
+                *owners -= 1;
+                if *owners == 0 {
+                    self.owners.remove(block);
+                }
+            }
+        }
+        Some(known)
     }
 
     /// Forgets, and names, records that are over a bound or older than `oldest_ms`.
@@ -127,16 +213,23 @@ impl Conversations {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kv_protocol::{Fingerprint, Record, RootKey};
 
     fn id(number: u8) -> ConversationId {
         ConversationId([number; 32])
+    }
+
+    fn outline(tokens: u32) -> Outline {
+        let root = RootKey::new(&Fingerprint([1; 32]), b"");
+        let record = Record::new(root, String::new(), 4, (0..tokens).collect());
+        Outline::of(&record, &record.keys())
     }
 
     #[test]
     fn the_oldest_leave_when_bytes_run_out() {
         let mut conversations = Conversations::new(10);
         for number in 0..4 {
-            conversations.put(id(number), number.into(), vec![0; 4].into());
+            conversations.put(id(number), number.into(), vec![0; 4].into(), outline(0));
         }
         assert_eq!(conversations.expire(0), [id(0), id(1)]);
         assert!(conversations.contains(&id(2)));
@@ -146,8 +239,8 @@ mod tests {
     #[test]
     fn a_record_found_on_disk_does_not_replace_a_newer_one() {
         let mut conversations = Conversations::new(100);
-        conversations.put(id(1), 9, vec![1].into());
-        conversations.found(id(1), 5, 50);
+        conversations.put(id(1), 9, vec![1].into(), outline(0));
+        conversations.found(id(1), 5, 50, outline(0));
         assert_eq!(conversations.expire(9), []);
         assert_eq!(conversations.expire(10), [id(1)]);
     }
@@ -156,9 +249,57 @@ mod tests {
     fn putting_again_replaces_the_bytes() {
         let mut conversations = Conversations::new(100);
         for round in 0..1000u64 {
-            conversations.put(id(1), round, vec![0; 60].into());
+            conversations.put(id(1), round, vec![0; 60].into(), outline(0));
         }
         assert_eq!((conversations.len(), conversations.bytes), (1, 60));
         assert_eq!((conversations.recent_order.len(), conversations.recent_bytes), (1, 60));
+    }
+
+    #[test]
+    fn a_block_has_as_many_owners_as_records_with_it() {
+        let mut conversations = Conversations::new(1000);
+        let (short, long) = (outline(8), outline(12));
+        conversations.put(id(1), 1, vec![0].into(), short.clone());
+        conversations.found(id(2), 2, 1, long.clone());
+        let owners = |conversations: &Conversations| {
+            long.blocks.iter().map(|block| conversations.owners(*block)).collect::<Vec<u32>>()
+        };
+        assert_eq!(owners(&conversations), [2, 2, 1]);
+        conversations.put(id(1), 3, vec![0].into(), long.clone());
+        assert_eq!(owners(&conversations), [2, 2, 2]);
+        conversations.forget(&id(2));
+        assert_eq!(owners(&conversations), [1, 1, 1]);
+        assert_eq!(conversations.expire(u64::MAX), [id(1)]);
+        assert!(conversations.owners.is_empty() && conversations.ends.is_empty());
+    }
+
+    #[test]
+    fn blocks_stored_behind_an_end_are_the_conversations_until_the_next_record() {
+        let mut conversations = Conversations::new(1000);
+        let first = outline(6); // Ends with 4, 5 behind one full block.
+        let end = first.open;
+        conversations.put(id(1), 1, vec![0].into(), first);
+        conversations.goes_on(end, 70, &[9, 9, 9, 9], true);
+        conversations.goes_on(end, 71, &[4, 5, 9, 9], true);
+        conversations.goes_on(71, 72, &[1, 2, 3, 4], true);
+        conversations.goes_on(72, 73, &[1], false);
+        assert_eq!(conversations.get(&id(1)).unwrap().outline.former, [71, 72, 73]);
+        conversations.put(id(1), 2, vec![0].into(), outline(6));
+        conversations.goes_on(71, 74, &[1, 2, 3, 4], true);
+        assert!(conversations.get(&id(1)).unwrap().outline.former.is_empty());
+        conversations.forget(&id(1));
+        assert!(conversations.ends.is_empty());
+    }
+
+    #[test]
+    fn pages_go_from_the_last_used_back() {
+        let mut conversations = Conversations::new(1000);
+        for number in 0..5 {
+            conversations.put(id(number), number.into(), vec![0].into(), outline(0));
+        }
+        let first: Vec<Age> = conversations.before(None).take(2).map(|(age, _)| age).collect();
+        assert_eq!(first, [(4, id(4)), (3, id(3))]);
+        let rest = conversations.before(first.last().copied());
+        assert_eq!(rest.map(|(age, _)| age.0).collect::<Vec<u64>>(), [2, 1, 0]);
     }
 }

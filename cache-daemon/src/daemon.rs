@@ -4,6 +4,8 @@
 //! their own) and each is bounded by the size of one message, except re-formats and re-claims, which
 //! walk all frames and are rare.
 
+mod asks;
+
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -17,12 +19,14 @@ use kv_protocol::sync::Ordering;
 use kv_protocol::table::{AttachmentState, RegionView};
 use kv_protocol::{AttachmentId, ConversationId, MissReason, Submission};
 
+use crate::admin::{AskError, Deleted, Reply};
 use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting};
 use crate::listen::PeerEvent;
-use crate::metrics::{BlockCounts, DiskStatus, Metrics, Snapshot};
+use crate::metrics::{BlockCounts, DeletionStatus, DiskStatus, Metrics, Snapshot};
 use crate::store::Store;
-use crate::tier::disk::{Done, Job, StoredBlock};
+use crate::tier::disk::{DiskError, DiskUsage, Done, Job, RECLAIMING, StoredBlock};
 use crate::tier::host::HostTier;
+use crate::tombstone::Tombstone;
 use crate::transfer::{Arrival, DiskState, Waiter};
 
 /// How long frames of a dead peer rest: a DMA that it started may still be running.
@@ -61,6 +65,14 @@ enum Event {
     Submission(AttachmentId, Result<(Submission, Vec<u8>), ProtocolError>),
 }
 
+/// Who waits for a record.
+enum Asker {
+    /// A runtime: its place, which attachment there, its ticket.
+    Runtime(AttachmentId, u32, Ticket),
+    /// The admin API, which is also told when the record was put.
+    Admin(u64, Reply<(Arc<[u8]>, u64)>),
+}
+
 /// See the module.
 pub struct Daemon {
     view: RegionView,
@@ -72,8 +84,12 @@ pub struct Daemon {
     resting: Vec<Resting>,
     /// Attachment whose ring is looked at first: none starves.
     next_attachment: usize,
+    /// Deletions that are answered when their tombstone is on disk.
+    deleting: HashMap<ConversationId, Vec<(Deleted, Reply<Deleted>)>>,
+    /// Who waits for the end of a compaction.
+    compacting: Option<Reply<DiskUsage>>,
     /// Questions for records that are being read.
-    questions: HashMap<ConversationId, Vec<(AttachmentId, u32, Ticket)>>,
+    questions: HashMap<ConversationId, Vec<Asker>>,
     queue_changed: bool,
     reformat_since: Option<Instant>,
     stop_since: Option<Instant>,
@@ -119,6 +135,8 @@ impl Daemon {
             attachments: [const { None }; ATTACHMENTS_MAX],
             resting,
             next_attachment: 0,
+            deleting: HashMap::new(),
+            compacting: None,
             questions: HashMap::new(),
             queue_changed: true,
             reformat_since: None,
@@ -186,6 +204,7 @@ impl Daemon {
                 }
                 let _ = reply.send(answer); // Hung up meanwhile: its thread reports the end.
             }
+            Event::Peer(PeerEvent::Ask(ask)) => self.ask(ask),
             Event::Peer(PeerEvent::Gone { id, incarnation }) => self.gone(id, incarnation),
             Event::Peer(PeerEvent::Terminate) => {
                 self.stop_since.get_or_insert_with(Instant::now);
@@ -449,57 +468,76 @@ impl Daemon {
                 }
             }
             Submission::PutConversation { id, .. } => {
-                self.store.put_conversation(id, bytes, now_ms);
+                if let Err(error) = self.store.put_conversation(id, bytes, now_ms) {
+                    tracing::warn!(%error, "record refused");
+                    self.metrics.corrupt.with_label_values(&["record"]).inc();
+                }
             }
             Submission::GetConversation { id: name, ticket } => {
-                let incarnation = attachment.incarnation;
-                self.get_conversation(id, incarnation, name, ticket);
+                let asker = Asker::Runtime(id, attachment.incarnation, ticket);
+                self.get_conversation(name, asker);
             }
         }
         Ok(())
     }
 
-    fn get_conversation(
-        &mut self,
-        id: AttachmentId,
-        incarnation: u32,
-        name: ConversationId,
-        ticket: Ticket,
-    ) {
+    fn get_conversation(&mut self, name: ConversationId, asker: Asker) {
         let recent = self.store.conversations.recent(&name).cloned();
         let may_be_on_disk = self.store.conversations.contains(&name)
             || self.store.transfers.disk_state == DiskState::Opening;
         if recent.is_none() && may_be_on_disk {
             let asked = self.questions.contains_key(&name);
             if asked || self.store.disk.read(Job::GetConversation { id: name }).is_ok() {
-                self.questions.entry(name).or_default().push((id, incarnation, ticket));
+                self.questions.entry(name).or_default().push(asker);
                 return;
             }
         }
-        if let Some(attachment) = &mut self.attachments[id.index()] {
-            attachment.answer(Outgoing::Conversation { ticket, record: recent });
+        self.give_record(&name, asker, recent);
+    }
+
+    fn give_record(&mut self, name: &ConversationId, asker: Asker, record: Option<Arc<[u8]>>) {
+        match asker {
+            Asker::Runtime(id, incarnation, ticket) => {
+                if let Some(attachment) = &mut self.attachments[id.index()]
+                    && attachment.incarnation == incarnation
+                {
+                    attachment.answer(Outgoing::Conversation { ticket, record });
+                }
+            }
+            Asker::Admin(updated_ms, reply) => reply.send(match record {
+                Some(record) => Ok((record, updated_ms)),
+                None => Err(asks::no_conversation(name)),
+            }),
         }
     }
 
     fn disk_done(&mut self, done: Done) {
         match done {
             Done::Conversation { id: name, record } => {
+                // A deletion may have been faster than the read.
+                let record = record.filter(|_| !self.store.is_deleted(&name));
+                let record = record.filter(|bytes| !Tombstone::is_one(bytes));
                 let record: Option<Arc<[u8]>> = record.map(Into::into);
-                for (id, incarnation, ticket) in self.questions.remove(&name).unwrap_or_default() {
-                    if let Some(attachment) = &mut self.attachments[id.index()]
-                        && attachment.incarnation == incarnation
-                    {
-                        let record = record.clone();
-                        attachment.answer(Outgoing::Conversation { ticket, record });
-                    }
+                for asker in self.questions.remove(&name).unwrap_or_default() {
+                    self.give_record(&name, asker, record.clone());
                 }
             }
             Done::Flushed => self.flush = Flush::Done,
+            Done::Buried { id, error } => {
+                self.buried(&id, error.as_ref());
+                self.store.finish(Done::Buried { id, error });
+            }
             done => {
                 while matches!(done, Done::Loaded { .. })
                     && let Some(blocks) = self.store.disk.found()
                 {
                     self.store.found_on_disk(blocks); // Sent before, so here by now.
+                }
+                if let Done::Maintained { what: RECLAIMING, usage, error } = &done
+                    && let Some(reply) = self.compacting.take()
+                {
+                    let failed = |error: &DiskError| Err(AskError::NotNow(error.to_string()));
+                    reply.send(error.as_ref().map_or(Ok(*usage), failed));
                 }
                 if let Some(arrival) = self.store.finish(done) {
                     self.arrived(&arrival);
@@ -603,6 +641,10 @@ impl Daemon {
             attachments: self.attachments.iter().flatten().count() as u32,
             sequences,
             conversations: self.store.conversations.len() as u64,
+            deletions: {
+                let (waiting, oldest_ms) = self.store.deletions.waiting();
+                DeletionStatus { waiting: waiting as u64, oldest_ms }
+            },
             policy: format!("{:?}", self.store.config.policy),
             disk: DiskStatus {
                 state: transfers.disk_state.label(),
@@ -643,6 +685,7 @@ fn outcome_label(outcome: kv_protocol::message::CommitOutcome) -> &'static str {
     }
 }
 
-fn unix_ms() -> u64 {
+/// The time, for what is compared with times on disk.
+pub(crate) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -276,6 +276,38 @@ impl Directory {
         self.node_of(key).filter(|id| self.at(*id).is_some())
     }
 
+    /// A node by the first bytes of its key, whether it has a block or not.
+    fn node_of_short(&self, short: u64) -> Option<EntryId> {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&short.to_le_bytes());
+        let is_it = |id: &EntryId| self.nodes[id.index()].key.short() == short;
+        self.ids.find(self.hasher.hash_one(BlockKey(key)), is_it).copied() // The hash is of these bytes.
+    }
+
+    /// A known block under a root by the first bytes of its key.
+    pub fn find_short(&self, short: u64, root: &RootKey) -> Option<(EntryId, &Block)> {
+        let id = self.node_of_short(short)?;
+        self.at(id).filter(|block| self.label(block).root == *root).map(|block| (id, block))
+    }
+
+    /// Why a block is not known, if that is.
+    pub fn why_left(&self, short: u64) -> Option<MissReason> {
+        self.gone.get(&short).copied()
+    }
+
+    /// All known blocks that follow one, which need not be known itself. The newest first.
+    pub fn followers(&self, short: u64) -> impl Iterator<Item = (EntryId, &Block)> {
+        let parent = self.node_of_short(short);
+        let first = parent.and_then(|id| self.nodes[id.index()].newest_child.some());
+        let all = std::iter::successors(first, |id| self.nodes[id.index()].older.some());
+        all.filter_map(|id| Some((id, self.at(id)?)))
+    }
+
+    /// Ids of a partial block's tokens.
+    pub fn tail(&self, id: EntryId) -> Option<&Arc<[u32]>> {
+        self.tails.get(&id)
+    }
+
     /// A block; `None` if it has left.
     pub fn at(&self, id: EntryId) -> Option<&Block> {
         self.nodes.get(id.index())?.block.as_ref()
@@ -346,6 +378,11 @@ impl Directory {
         let ids = (from..end).map(|place| EntryId(place as u32));
         let known = ids.filter(|id| self.at(*id).is_some()).collect();
         (known, (end < self.nodes.len()).then_some(end))
+    }
+
+    /// Places that [`Directory::part`] walks.
+    pub fn places(&self) -> usize {
+        self.nodes.len()
     }
 
     /// Adds a block that lies in a frame. It must be unknown.

@@ -2,15 +2,17 @@
 //! runtime's queue says.
 //!
 //! Reading order: [`supervise`], [`worker`], [`daemon`] (the loop), [`attachment`], [`store`],
-//! [`transfer`], [`directory`], [`queue`], [`policy`], [`tier`]. [`sim`] drives the middle of it without the rest.
+//! [`transfer`], [`directory`], [`queue`], [`policy`], [`tier`]; for conversations [`records`], [`outline`], [`admin`]. [`sim`] drives the middle of it without the rest.
 //!
 //! **Invariant:** the daemon never parses weights, never speaks to a GPU, and knows no model but by
 //! its geometry and fingerprint.
 
+pub mod admin;
 pub mod attachment;
 pub mod config;
 pub mod conversation;
 pub mod daemon;
+pub mod deletion;
 pub mod directory;
 pub mod handback;
 pub mod http;
@@ -18,12 +20,16 @@ pub mod key_map;
 pub mod listen;
 pub mod metrics;
 mod moves;
+pub mod outline;
 pub mod policy;
 pub mod queue;
+pub mod records;
 pub mod shm;
 pub mod sim;
 pub mod store;
 pub mod supervise;
 pub mod tier;
+pub mod tombstone;
 pub mod transfer;
+pub mod verify;
 pub mod worker;

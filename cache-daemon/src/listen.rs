@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::time::Duration;
 
+use crate::admin::Ask;
 use kv_protocol::AttachmentId;
 use kv_protocol::handshake::{HELLO_BYTES, Hello, Refusal, Welcome, encode_answer};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -36,6 +37,8 @@ pub enum PeerEvent {
         /// Which attachment there.
         incarnation: u32,
     },
+    /// The admin API asks.
+    Ask(Ask),
     /// The supervisor, or Kubernetes, wants us to end.
     Terminate,
 }

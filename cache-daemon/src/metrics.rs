@@ -33,6 +33,8 @@ pub struct Snapshot {
     pub sequences: u32,
     /// Conversation records known.
     pub conversations: u64,
+    /// Deleted conversations that the disk has not erased yet.
+    pub deletions: DeletionStatus,
     /// Policy in force.
     pub policy: String,
     /// How the disk tier is.
@@ -58,6 +60,15 @@ pub struct BlockCounts {
     pub host: u64,
     /// On disk.
     pub disk: u64,
+}
+
+/// Deleted conversations that the disk has not erased yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct DeletionStatus {
+    /// How many.
+    pub waiting: u64,
+    /// When the oldest of them was deleted, Unix milliseconds.
+    pub oldest_ms: Option<u64>,
 }
 
 /// How the disk tier is.
@@ -198,6 +209,7 @@ impl Metrics {
         set(&self.gauges, "attachments", snapshot.attachments.into());
         set(&self.gauges, "sequences", snapshot.sequences.into());
         set(&self.gauges, "conversations", snapshot.conversations);
+        set(&self.gauges, "deletions_waiting", snapshot.deletions.waiting);
         set(&self.gauges, "worker_starts", snapshot.worker_starts);
         set(&self.gauges, "region_bytes", snapshot.region_bytes);
         set(&self.gauges, "disk_stored_bytes", snapshot.disk.stored_bytes);

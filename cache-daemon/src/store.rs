@@ -10,6 +10,7 @@ use kv_protocol::{AttachmentId, BlockKey, Geometry, MissReason};
 
 use crate::attachment::ProtocolError;
 use crate::conversation::Conversations;
+use crate::deletion::Deletions;
 use crate::directory::{Description, Directory, EntryId, Link, OnDisk};
 use crate::metrics::Metrics;
 use crate::policy::budget::WriteBudget;
@@ -19,6 +20,7 @@ use crate::queue::{Queue, TurnId};
 use crate::tier::disk::{DiskWorkers, Engine};
 use crate::tier::host::{HostTier, free_high};
 use crate::transfer::{Transfers, Waiter};
+use crate::verify::Verification;
 
 /// Blocks that one walk for expired ones looks at, a millisecond's work: a million take 16 walks.
 const EXPIRED_PER_WALK: usize = 1 << 16;
@@ -36,6 +38,8 @@ pub struct StoreConfig {
     pub ttl_ms: Option<u64>,
     /// Milliseconds after its last use at which a tail goes to disk.
     pub tail_idle_ms: u64,
+    /// Milliseconds after a deletion at which nothing of it is on disk any more.
+    pub deletion_deadline_ms: u64,
     /// What a tenant may have before its own blocks leave first.
     pub tenant_share: TenantShare,
     /// Bytes that may be written to disk in a day; `None` is no bound.
@@ -90,6 +94,8 @@ pub struct Store {
     pub(crate) disk: DiskWorkers,
     pub(crate) transfers: Transfers,
     pub(crate) conversations: Conversations,
+    pub(crate) deletions: Deletions,
+    pub(crate) verification: Verification,
     pub(crate) metrics: Arc<Metrics>,
     /// Where the next walk for expired blocks begins.
     expiring: usize,
@@ -123,6 +129,8 @@ impl Store {
             disk,
             transfers: Transfers::new(config.disk_bytes, config.disk_engine),
             conversations: Conversations::new(config.disk_bytes / 8),
+            deletions: Deletions::default(),
+            verification: Verification::default(),
             metrics,
             expiring: 0,
         }
@@ -320,6 +328,10 @@ impl Store {
             }
         };
         let key = header.key;
+        if self.deletions.refuses(key, &header.parent) {
+            host.free(frame); // Of a turn that began before its conversation was deleted.
+            return Ok(CommitOutcome::Refused);
+        }
         let is_full = header.is_full(&geometry);
         let bytes = self.config.disk_engine.block_bytes(&geometry);
         let description = Description::of(&header, is_full, bytes);
@@ -343,6 +355,7 @@ impl Store {
         host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
         self.directory.insert(key, &description, now_ms, frame);
         let Description { parent, label, tokens, .. } = &description;
+        self.conversations.goes_on(parent.short(), key.short(), tokens, is_full);
         for tail in self.directory.outgrown(parent, label, tokens) {
             self.forget(&tail, MissReason::Evicted);
         }

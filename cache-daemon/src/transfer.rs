@@ -5,7 +5,6 @@
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use kv_protocol::frame::Owner;
 use kv_protocol::message::{FrameHandle, SequenceTag};
@@ -13,13 +12,15 @@ use kv_protocol::{
     AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason, RootKey,
 };
 
+use crate::daemon::unix_ms;
 use crate::directory::{Block, Description, Label, OnDisk};
 use crate::key_map::{KeyMap, KeySet};
 use crate::moves::{Catalogue, DiskRoom, Frames, Tiers};
 use crate::policy::Residence;
 use crate::store::Store;
 use crate::tier::disk::{
-    Done, Engine, Job, PROBING, REMOVALS_MAX, StoredBlock, StoredConversation, WriteFailure,
+    Done, Engine, Job, PROBING, RECLAIMING, REMOVALS_MAX, StoredBlock, StoredContent,
+    StoredConversation, WriteFailure,
 };
 use crate::tier::host::HostTier;
 
@@ -258,9 +259,24 @@ impl Transfers {
 
     /// A block that counts as stored goes.
     pub(crate) fn unstore(&mut self, key: BlockKey, bytes: u64) {
+        self.uncount_stored(bytes);
+        self.removals.push(key);
+    }
+
+    /// As `unstore`, for a block that somebody else takes off the disk.
+    pub(crate) fn uncount_stored(&mut self, bytes: u64) {
         self.stored -= 1;
         self.stored_bytes -= bytes;
-        self.removals.push(key);
+    }
+
+    /// Whether a lookup or a hint waits for the disk.
+    pub(crate) fn any_reads(&self) -> bool {
+        !self.wanted.is_empty() || !self.reading.is_empty()
+    }
+
+    /// Whether blocks wait to be removed.
+    pub(crate) fn any_removals(&self) -> bool {
+        !self.removals.is_empty()
     }
 
     pub(crate) fn remove_conversation(&mut self, id: ConversationId) {
@@ -303,6 +319,8 @@ impl Store {
         let failed = self.begin_reads();
         self.begin_writes();
         self.begin_maintenance();
+        self.begin_erasure(now_ms);
+        self.begin_verifying(now_ms);
         self.retry_disk(now_ms);
         failed
     }
@@ -502,7 +520,7 @@ impl Store {
                 self.transfers.opened = true;
                 self.transfers.physical_bytes = usage.physical_bytes;
                 self.transfers.direct_io = usage.direct_io;
-                self.loaded(&conversations, corrupt);
+                self.loaded(conversations, corrupt);
             }
             Done::LoadFailed(error) => self.disk_failed(&error),
             Done::Written { key, frame, result } => self.written(key, frame, result),
@@ -510,7 +528,7 @@ impl Store {
             Done::Maintained { what, error, usage } => {
                 self.transfers.maintaining -= 1;
                 self.transfers.physical_bytes = usage.physical_bytes;
-                if what == "reclaiming space" {
+                if what == RECLAIMING {
                     self.transfers.reclaiming = false;
                 }
                 match error {
@@ -519,8 +537,14 @@ impl Store {
                     None => {}
                 }
             }
-            Done::ConversationPut { .. } => self.transfers.maintaining -= 1,
-            Done::Conversation { .. } | Done::Erased { .. } | Done::Flushed => {} // The loop's own.
+            Done::ConversationPut { .. } | Done::Buried { .. } => self.transfers.maintaining -= 1,
+            Done::Verified(blocks) => self.verified(blocks),
+            Done::Erased { error, usage, .. } => {
+                self.transfers.maintaining -= 1;
+                self.transfers.physical_bytes = usage.physical_bytes;
+                self.end_erasure(error.as_ref(), unix_ms());
+            }
+            Done::Conversation { .. } | Done::Flushed => {} // The loop's own.
         }
         None
     }
@@ -558,13 +582,23 @@ impl Store {
     }
 
     /// The index has been read to its end.
-    fn loaded(&mut self, conversations: &[StoredConversation], corrupt: u64) {
+    fn loaded(&mut self, conversations: Vec<StoredConversation>, corrupt: u64) {
         let blocks = self.transfers.stored;
         let records = conversations.len();
         tracing::info!(blocks, records, corrupt, "disk tier opened");
         self.metrics.corrupt.with_label_values(&["disk index"]).inc_by(corrupt);
-        for record in conversations {
-            self.conversations.found(record.id, record.updated_ms, record.bytes);
+        for StoredConversation { id, updated_ms, bytes, content } in conversations {
+            match content {
+                StoredContent::Record(outline) => {
+                    self.conversations.found(id, updated_ms, bytes, *outline);
+                    self.retain_chain(&id, unix_ms());
+                }
+                StoredContent::Tombstone(tombstone) => self.found_tombstone(id, tombstone),
+                StoredContent::Unreadable => {
+                    tracing::warn!(conversation = %id, "a record of another release is forgotten");
+                    self.transfers.remove_conversation(id);
+                }
+            }
         }
         self.transfers.settling = Some(0);
     }
@@ -680,25 +714,6 @@ impl Store {
             self.metrics.promotes.with_label_values(&["lookup"]).inc();
         }
         Some(Arrival { result: Ok(frame), waiters })
-    }
-
-    /// Stores a record; `false` if the disk is too far behind to take it.
-    pub(crate) fn put_conversation(
-        &mut self,
-        id: ConversationId,
-        record: Vec<u8>,
-        now_ms: u64,
-    ) -> bool {
-        let record: Arc<[u8]> = record.into();
-        self.conversations.put(id, now_ms, record.clone());
-        if !self.transfers.can_write() {
-            return false;
-        }
-        let sent = self.disk.write(Job::PutConversation { id, updated_ms: now_ms, record }).is_ok();
-        if sent {
-            self.transfers.record_sent();
-        }
-        sent
     }
 }
 

@@ -15,7 +15,7 @@ use crate::shm::map::{self, EXTENT_BYTES, MapError};
 use crate::store::{Store, StoreConfig};
 use crate::tier::disk::none::NoDisk;
 use crate::tier::disk::{DiskError, DiskTier, DiskWorkers, Engine};
-use crate::{http, listen};
+use crate::{admin, http, listen};
 
 /// Why a worker did not start.
 #[derive(Debug, thiserror::Error)]
@@ -82,10 +82,15 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         tail_idle_ms: config.tail_idle.as_millis() as u64,
         tenant_share: config.tenant_share,
         write_bytes_per_day: config.write_bytes_per_day,
+        deletion_deadline_ms: config.deletion_deadline.as_millis() as u64,
     };
     let store = Store::new(store_config, disk, metrics.clone());
     let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done);
     // Only now: whoever connects finds the region adopted, and whoever asks is shown a state.
+    let (path, events) = (&config.admin_socket, peer_events.clone());
+    if let Err(error) = admin::spawn(path, metrics.clone(), events, notify.clone()) {
+        tracing::error!(%error, "no admin API: kvctl will not reach this worker"); // The cache works on.
+    }
     http::spawn(config.http, metrics, peer_events.clone(), notify.clone())
         .map_err(start("http"))?;
     listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)

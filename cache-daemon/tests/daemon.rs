@@ -7,8 +7,8 @@ use std::path::Path;
 
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::message::CommitOutcome;
-use kv_protocol::{ConversationId, Dtype, Geometry};
-use runtime::cache_client::{CacheEvent, MissReason};
+use kv_protocol::{Dtype, Geometry};
+use runtime::cache_client::MissReason;
 use support::{Daemon, Driver, Loaded, conversation, geometry, region_bytes, until};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_cache-daemon");
@@ -124,19 +124,22 @@ fn blocks_and_records_survive_the_whole_daemon() {
 fn blocks_and_records_survive_the_whole_daemon_on(engine: &str) {
     let dir = tempfile::tempdir().unwrap();
     let tokens = conversation(1, 16 * 20 + 5);
-    let id = ConversationId([7; 32]);
+    let (id, bytes);
     {
         let daemon = start(dir.path(), 64, &[engine]);
         let mut driver = Driver::attach(&daemon.socket, geometry());
         driver.save(&tokens).unwrap();
-        driver.client.put_conversation(id, b"a record".to_vec()).unwrap();
-        assert_eq!(ask(&mut driver, id).as_deref(), Some(&b"a record"[..]));
+        let record;
+        (id, record) = driver.record("chat", &tokens);
+        bytes = record.encode().unwrap();
+        driver.client.put_conversation(id, bytes.clone()).unwrap();
+        assert_eq!(driver.ask(id).unwrap().as_ref(), Some(&bytes));
         drop(driver);
         assert_eq!(daemon.stop(), Some(0)); // SIGTERM: tails, too.
     }
     let daemon = start(dir.path(), 64, &[engine]);
     let mut driver = Driver::attach(&daemon.socket, geometry());
-    assert_eq!(ask(&mut driver, id).as_deref(), Some(&b"a record"[..]));
+    assert_eq!(driver.ask(id).unwrap().as_ref(), Some(&bytes));
     until("the index is read", || {
         (daemon.status().pointer("/disk/state")? == "ready").then_some(())
     });
@@ -145,16 +148,6 @@ fn blocks_and_records_survive_the_whole_daemon_on(engine: &str) {
     let expected = Loaded { host: 21, disk: 0, ..expected };
     assert_eq!(driver.load(&tokens).unwrap(), expected);
     assert_eq!(daemon.status_u64("/writes"), 0); // Inclusive: written once in their lives.
-}
-
-fn ask(driver: &mut Driver, id: ConversationId) -> Option<Vec<u8>> {
-    let asked = driver.client.get_conversation(id).unwrap();
-    loop {
-        match driver.next_event().unwrap() {
-            CacheEvent::Conversation { question, record } if question == asked => return record,
-            _ => {}
-        }
-    }
 }
 
 #[test]

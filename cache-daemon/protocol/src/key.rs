@@ -139,6 +139,17 @@ impl ConversationId {
 
 macro_rules! hex_names {
     ($($name:ident),*) => {$(
+        impl $name {
+            /// All of it, in hexadecimal digits.
+            pub fn hex(&self) -> String {
+                use std::fmt::Write as _;
+                self.0.iter().fold(String::new(), |mut digits, byte| {
+                    let _ = write!(digits, "{byte:02x}"); // A string takes all.
+                    digits
+                })
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::message::CommitOutcome;
-use kv_protocol::{BlockKey, Dtype, Fingerprint, Geometry, RootKey};
+use kv_protocol::{BlockKey, ConversationId, Dtype, Fingerprint, Geometry, Record, RootKey};
 use runtime::batch::FrameBytes;
 use runtime::cache_client::{
     Accept, CacheClient, CacheConfig, CacheEvent, CachedBlock, Doorbell, Hint, MissReason,
@@ -153,6 +153,40 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// Where the admin API is.
+    pub fn admin_socket(&self) -> PathBuf {
+        self.socket.with_file_name("admin.sock")
+    }
+
+    /// Asks the admin API: status and answer.
+    pub fn admin(
+        &self,
+        method: &str,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> (u16, serde_json::Value) {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let answer = until("the admin API answers", || {
+            let mut stream = std::os::unix::net::UnixStream::connect(self.admin_socket()).ok()?;
+            stream.set_read_timeout(Some(PATIENCE)).ok()?;
+            let length = body.len();
+            write!(
+                stream,
+                "{method} {path} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+            )
+            .ok()?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).ok()?;
+            Some(answer)
+        });
+        let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+        let body = serde_json::from_str(body).unwrap_or_else(|_| body.into());
+        (status.expect("a status"), body)
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.supervisor.kill(); // Its worker dies with it.
@@ -215,6 +249,40 @@ impl Driver {
     pub fn wait_attached(&mut self) {
         while !self.client.is_attached() {
             let _ = self.next_event(); // Detached, at most.
+        }
+    }
+
+    pub fn root(&self) -> RootKey {
+        self.root
+    }
+
+    /// A record of a conversation as the runtime puts it, and its id.
+    pub fn record(&self, name: &str, tokens: &[u32]) -> (ConversationId, Record) {
+        let id = ConversationId::new(&self.root, name.as_bytes());
+        let tokens_per_block = self.geometry.tokens_per_block();
+        (id, Record::new(self.root, name.to_owned(), tokens_per_block, tokens.to_vec()))
+    }
+
+    /// Saves a turn: its blocks, then its record.
+    pub fn save_turn(&mut self, name: &str, tokens: &[u32]) -> Result<ConversationId, Detached> {
+        self.save(tokens)?;
+        let (id, record) = self.record(name, tokens);
+        let bytes = record.encode().expect("a record within its bounds");
+        self.client.put_conversation(id, bytes).map_err(|_| Detached)?;
+        assert!(self.ask(id)?.is_some(), "the record that was just put");
+        Ok(id)
+    }
+
+    /// The daemon's record of a conversation.
+    pub fn ask(&mut self, id: ConversationId) -> Result<Option<Vec<u8>>, Detached> {
+        let question = self.client.get_conversation(id).map_err(|_| Detached)?;
+        loop {
+            match self.next_event()? {
+                CacheEvent::Conversation { question: of, record } if of == question => {
+                    return Ok(record);
+                }
+                _ => {}
+            }
         }
     }
 

@@ -216,8 +216,7 @@ impl Database {
                 let (key, value) = item.map_err(self.error("reading conversations"))?;
                 let known = (<[u8; 32]>::try_from(&*key), decode_record(&value));
                 if let (Ok(id), Some((updated_ms, record))) = known {
-                    let bytes = record.len() as u64;
-                    found(StoredConversation { id: ConversationId(id), updated_ms, bytes });
+                    found(StoredConversation::read(ConversationId(id), updated_ms, record));
                 } else {
                     wrong.push(key);
                 }

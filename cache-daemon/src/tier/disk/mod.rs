@@ -18,6 +18,7 @@ mod tests;
 
 pub use engine::Engine;
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -26,8 +27,12 @@ use kv_protocol::message::FrameHandle;
 use kv_protocol::table::FrameTable;
 use kv_protocol::{
     BlockHeader, BlockKey, ConversationId, FrameIndex, Generation, Geometry, MissReason,
-    NumericsTag, RootKey, Span, Variant,
+    NumericsTag, Record, RootKey, Span, Variant,
 };
+
+use crate::key_map::KeySet;
+use crate::outline::Outline;
+use crate::tombstone::Tombstone;
 
 /// Threads that read: 8 MB in flight with blocks of a megabyte, which keeps a drive busy.
 pub const READERS: usize = 8;
@@ -175,8 +180,8 @@ impl StoredBlock {
     }
 }
 
-/// A conversation record that a restarted worker finds on disk.
-#[derive(Debug, Clone, Copy)]
+/// What a restarted worker finds on disk under a conversation's id.
+#[derive(Debug, Clone)]
 pub struct StoredConversation {
     /// Name.
     pub id: ConversationId,
@@ -184,6 +189,35 @@ pub struct StoredConversation {
     pub updated_ms: u64,
     /// Of the record.
     pub bytes: u64,
+    /// What the bytes are.
+    pub content: StoredContent,
+}
+
+/// What the bytes under a conversation's id are.
+#[derive(Debug, Clone)]
+pub enum StoredContent {
+    /// A record.
+    Record(Box<Outline>),
+    /// What is left of a deleted conversation.
+    Tombstone(Tombstone),
+    /// Of another release, or wrong.
+    Unreadable,
+}
+
+impl StoredConversation {
+    /// Of the bytes stored.
+    pub fn read(id: ConversationId, updated_ms: u64, bytes: &[u8]) -> Self {
+        let record = || {
+            let record = Record::decode(bytes).ok()?;
+            let is_named = ConversationId::new(&record.root, record.name.as_bytes()) == id;
+            is_named.then(|| Box::new(Outline::of(&record, &record.keys())))
+        };
+        let content = match Tombstone::decode(bytes) {
+            Some(tombstone) => StoredContent::Tombstone(tombstone),
+            None => record().map_or(StoredContent::Unreadable, StoredContent::Record),
+        };
+        Self { id, updated_ms, bytes: bytes.len() as u64, content }
+    }
 }
 
 /// What the store takes.
@@ -198,7 +232,8 @@ pub struct DiskUsage {
 /// Where blocks and records rest. Calls may take as long as a disk takes.
 pub trait DiskTier: Send + Sync {
     /// Reads the whole index, once, before anything else; gives back how many entries were corrupt (and
-    /// are gone now). A block may be given twice.
+    /// are gone now). Conversations first: a deleted one's blocks are not to be seen. A block may be given
+    /// twice.
     fn load(
         &mut self,
         block: &mut dyn FnMut(StoredBlock),
@@ -241,6 +276,8 @@ pub trait DiskTier: Send + Sync {
     fn probe(&self) -> Result<(), DiskError>;
 }
 
+/// [`Done::Maintained::what`] of a [`Job::Reclaim`].
+pub const RECLAIMING: &str = "reclaiming space";
 /// [`Done::Maintained::what`] of a [`Job::Probe`].
 pub const PROBING: &str = "trying whether writes go through";
 
@@ -296,6 +333,20 @@ pub enum Job {
     },
     /// Forget a record.
     RemoveConversation(ConversationId),
+    /// Put a tombstone in the place of a record, so that it survives a loss of power.
+    Bury {
+        /// Name.
+        id: ConversationId,
+        /// What stays.
+        tombstone: Tombstone,
+    },
+    /// Read blocks and check them.
+    Verify {
+        /// Name and root of each.
+        blocks: Vec<(BlockKey, RootKey)>,
+        /// Their shape.
+        geometry: Geometry,
+    },
     /// Forget blocks and records, and leave nothing of them on the medium.
     Erase(Erasure),
     /// Give garbage back.
@@ -353,6 +404,15 @@ pub enum Done {
         updated_ms: u64,
         /// Whether it is on disk.
         stored: bool,
+    },
+    /// Blocks were read: what is wrong with each, if anything.
+    Verified(Vec<(BlockKey, Option<MissReason>)>),
+    /// A tombstone was put, or not.
+    Buried {
+        /// Name.
+        id: ConversationId,
+        /// Why not.
+        error: Option<DiskError>,
     },
     /// End of another job that can fail.
     Maintained {
@@ -500,19 +560,29 @@ fn load(
     report: &impl Fn(Done),
 ) -> Result<Box<dyn DiskTier>, DiskError> {
     let (mut blocks, mut conversations) = (Vec::new(), Vec::new());
+    let deleted = RefCell::new(KeySet::default());
     let hand_over = |blocks: &mut Vec<StoredBlock>| {
         let part = std::mem::replace(blocks, Vec::with_capacity(FOUND_PART_BLOCKS));
         if give.send(part).is_ok() {
             notify(); // The loop is gone otherwise, and this process soon.
         }
     };
-    let mut found = |block| {
+    let mut found = |block: StoredBlock| {
+        if deleted.borrow().contains(&block.key) {
+            return; // Still to be erased; nobody is to see it.
+        }
         blocks.push(block);
         if blocks.len() == FOUND_PART_BLOCKS {
             hand_over(&mut blocks);
         }
     };
-    let corrupt = tier.load(&mut found, &mut |record| conversations.push(record))?;
+    let mut record = |record: StoredConversation| {
+        if let StoredContent::Tombstone(tombstone) = &record.content {
+            deleted.borrow_mut().extend(&tombstone.keys);
+        }
+        conversations.push(record);
+    };
+    let corrupt = tier.load(&mut found, &mut record)?;
     hand_over(&mut blocks);
     let usage = tier.usage();
     report(Done::Loaded { conversations, corrupt, usage });
@@ -626,7 +696,17 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
             let error = tier.erase(&erasure.blocks, &erasure.conversations).err();
             Done::Erased { erasure, error, usage: tier.usage() }
         }
-        Job::Reclaim => maintained("reclaiming space", tier.reclaim()),
+        Job::Verify { blocks, geometry } => {
+            let payload = Span::heap(geometry.payload_bytes());
+            let check =
+                |(key, root)| (key, read_checked(tier, &key, &root, &geometry, &payload).err());
+            Done::Verified(blocks.into_iter().map(check).collect())
+        }
+        Job::Bury { id, tombstone } => {
+            let put = tier.put_conversation(&id, tombstone.deleted_ms, &tombstone.encode());
+            Done::Buried { id, error: put.and_then(|()| tier.flush()).err() }
+        }
+        Job::Reclaim => maintained(RECLAIMING, tier.reclaim()),
         Job::Probe => maintained(PROBING, tier.probe()),
         Job::Flush => {
             if let Err(error) = tier.flush() {

@@ -173,6 +173,7 @@ impl DiskTier for RocksTier {
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
+        let records = self.database.scan_records(|| Ok(()), conversation)?;
         let mut corrupt = Vec::new();
         {
             let reading = self.database.reading()?;
@@ -192,7 +193,7 @@ impl DiskTier for RocksTier {
                 }
             })?;
         }
-        Ok(corrupt.len() as u64 + self.database.scan_records(|| Ok(()), conversation)?)
+        Ok(corrupt.len() as u64 + records)
     }
 
     fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {

@@ -212,7 +212,15 @@ impl DiskTier for SlotTier {
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError> {
-        let read = match self.index.version()? {
+        let version = self.index.version()?;
+        let is_read = |version| (INDEX_VERSION_READ..=INDEX_VERSION).contains(&version);
+        let records =
+            match version.is_none_or(is_read).then(|| self.index.scan_records(conversation)) {
+                Some(Err(error)) if is_corrupt(&error) => 0, // So is the rest, then: made anew below.
+                Some(records) => records?,
+                None => 0,
+            };
+        let read = match version {
             Some(INDEX_VERSION_READ..=INDEX_VERSION) => self.read_index(block),
             None => self.rebuild_index(block).map(|opening| (opening, 0)),
             Some(version) => {
@@ -231,7 +239,7 @@ impl DiskTier for SlotTier {
         };
         let opening = self.index.begin(opening)?;
         self.lock().next_epoch = u64::from(opening) << EPOCH_OPENING_SHIFT;
-        Ok(corrupt + self.index.scan_records(conversation)?)
+        Ok(corrupt + records)
     }
 
     fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {

@@ -1,9 +1,8 @@
-//! `kvctl`: the operator's and the developer's tool for the cache. So far: traces, replayed and made.
+//! `kvctl replay`, `generate`, `convert`: traces, replayed and made. They need no daemon.
 
 use std::fs::File;
 use std::io::{BufWriter, stdout};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -14,23 +13,10 @@ use cache_daemon::sim::replay::{Contender, Outcome, Prepared, Settings};
 use cache_daemon::sim::schedule::Server;
 use cache_daemon::sim::trace::{Trace, open};
 use cache_daemon::store::TenantShare;
-use clap::{Args, Parser, Subcommand};
-
-/// Look into the KV cache.
-#[derive(Debug, Parser)]
-#[command(version)]
-enum Command {
-    /// Show what a cache of these sizes would have had of a trace's history, under one policy or all.
-    Replay(Replay),
-    /// Draw a trace from a table of lengths (docs/trace-format.md).
-    Generate(Generate),
-    /// Make a trace out of somebody else's recording.
-    #[command(subcommand)]
-    Convert(Convert),
-}
+use clap::{Args, Subcommand};
 
 #[derive(Debug, Args)]
-struct Replay {
+pub struct Replay {
     /// Trace (docs/trace-format.md); .xz is unpacked.
     file: PathBuf,
     /// Who chooses what stays; without it all are compared.
@@ -75,13 +61,10 @@ struct Replay {
     /// Seconds a generated token takes.
     #[arg(long, default_value_t = Server::default().decode_s_per_token)]
     decode_seconds: f64,
-    /// Outcomes as JSON instead of a table.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
-struct Generate {
+pub struct Generate {
     /// CSV with conversation, turn, user_tokens, assistant_tokens; .xz is unpacked.
     lengths: PathBuf,
     /// Conversations.
@@ -114,7 +97,7 @@ struct Generate {
 }
 
 #[derive(Debug, Subcommand)]
-enum Convert {
+pub enum Convert {
     /// Mooncake's conversation_trace.jsonl.
     Mooncake {
         /// The file.
@@ -140,27 +123,12 @@ enum Convert {
     },
 }
 
-fn main() -> ExitCode {
-    let result = match Command::parse() {
-        Command::Replay(replay) => replay.run(),
-        Command::Generate(generate) => generate.run(),
-        Command::Convert(convert) => convert.run(),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("kvctl: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
 fn opened(path: &Path) -> anyhow::Result<Box<dyn std::io::BufRead>> {
     open(path).with_context(|| format!("{}", path.display()))
 }
 
 impl Replay {
-    fn run(&self) -> anyhow::Result<()> {
+    pub fn run(&self, json: bool) -> anyhow::Result<()> {
         let trace =
             Trace::read(opened(&self.file)?).with_context(|| format!("{}", self.file.display()))?;
         anyhow::ensure!(self.places > 0, "--places is 0: no turn would ever start");
@@ -200,7 +168,7 @@ impl Replay {
             });
             outcomes.push((policy, outcome, began.elapsed()));
         }
-        if self.json {
+        if json {
             let all: Vec<_> = outcomes
                 .iter()
                 .map(|(policy, outcome, _)| serde_json::json!({"policy": policy, "outcome": outcome}))
@@ -252,7 +220,7 @@ fn percent(part: u64, whole: u64) -> f64 {
 }
 
 impl Generate {
-    fn run(&self) -> anyhow::Result<()> {
+    pub fn run(&self) -> anyhow::Result<()> {
         let lengths = read_lengths(opened(&self.lengths)?)?;
         anyhow::ensure!(self.block_tokens > 0, "--block-tokens is 0");
         let trace = generate(
@@ -277,7 +245,7 @@ impl Generate {
 }
 
 impl Convert {
-    fn run(&self) -> anyhow::Result<()> {
+    pub fn run(&self) -> anyhow::Result<()> {
         let trace = match self {
             Convert::Mooncake { file } => convert::mooncake(opened(file)?)?,
             Convert::Coding { files, rate, pause_max, seed, merge } => {

@@ -1,0 +1,143 @@
+//! What the loop answers to the admin API.
+
+use kv_protocol::ConversationId;
+
+use super::{Asker, Daemon, unix_ms};
+use crate::admin::{Ask, AskError, Deleted, Reply, Who};
+use crate::deletion::DeleteError;
+use crate::tier::disk::{DiskError, Job};
+use crate::transfer::DiskState;
+
+/// Blocks looked at for one page of a list: a millisecond's work.
+const PAGE_BLOCKS: usize = 1 << 13;
+/// Roots named when a name is ambiguous.
+const ROOTS_NAMED: usize = 8;
+
+impl Daemon {
+    pub(super) fn ask(&mut self, ask: Ask) {
+        match ask {
+            Ask::Page { after, reply } => reply.send(Ok(self.store.page(after, PAGE_BLOCKS))),
+            Ask::Find { who, reply } => reply.send(self.find(&who)),
+            Ask::Explain { id, reply } => {
+                let explanation = self.store.explain(&id);
+                reply.send(explanation.ok_or_else(|| no_conversation(&id)));
+            }
+            Ask::Record { id, reply } => {
+                let Some(known) = self.store.conversations.get(&id) else {
+                    return reply.send(Err(no_conversation(&id)));
+                };
+                self.get_conversation(id, Asker::Admin(known.updated_ms, reply));
+            }
+            Ask::PutRecord { id, record, replaces, reply } => {
+                let there = self.store.conversations.get(&id).map(|known| known.updated_ms);
+                if there != replaces {
+                    return reply.send(Err(AskError::Changed { who: id.to_string() }));
+                }
+                if replaces.is_none() && self.store.refuses_record(&id) {
+                    let told = "a conversation of that name was deleted and is not erased yet";
+                    return reply.send(Err(AskError::NotNow(told.to_owned())));
+                }
+                let put = self.store.put_conversation(id, record, unix_ms());
+                reply.send(put.map_err(|error| AskError::Refused(error.to_string())));
+            }
+            Ask::Delete { id, reply } => self.delete(&id, reply),
+            Ask::Verify { begin, reply } => {
+                let state = if begin { self.store.verify() } else { Ok(self.store.verification()) };
+                reply.send(state.map_err(|error| AskError::NotNow(error.to_string())));
+            }
+            Ask::Compact { reply } => {
+                if self.compacting.is_some() {
+                    return reply.send(Err(AskError::NotNow("it is compacted right now".into())));
+                }
+                if self.store.begin_compaction() {
+                    self.compacting = Some(reply);
+                } else {
+                    let told =
+                        "the disk tier cannot be compacted now: `kvctl status` shows its state";
+                    reply.send(Err(AskError::NotNow(told.to_owned())));
+                }
+            }
+        }
+    }
+
+    /// Unreadable from here on; the answer waits for the disk.
+    fn delete(&mut self, id: &ConversationId, reply: Reply<Deleted>) {
+        let now_ms = unix_ms();
+        let (doomed, tombstone) = match self.store.delete(id, now_ms) {
+            Ok(deleted) => deleted,
+            Err(DeleteError::Unknown) => return reply.send(Err(no_conversation(id))),
+            Err(error) => return reply.send(Err(AskError::NotNow(error.to_string()))),
+        };
+        tracing::info!(conversation = %id, blocks = doomed.keys.len(), "deleted");
+        let has_disk = self.store.transfers.disk_state != DiskState::None;
+        let deleted = Deleted {
+            blocks: doomed.keys.len() as u64,
+            blocks_shared: doomed.shared as u64,
+            erased_by_ms: has_disk.then_some(now_ms + self.store.config.deletion_deadline_ms),
+        };
+        if !has_disk {
+            return reply.send(Ok(deleted));
+        }
+        if self.store.disk.write(Job::Bury { id: *id, tombstone }).is_ok() {
+            self.store.transfers.record_sent();
+            self.deleting.entry(*id).or_default().push((deleted, reply));
+        } else {
+            reply.send(Err(not_durable("its queue is full")));
+        }
+    }
+
+    /// A tombstone is on disk, or not.
+    pub(super) fn buried(&mut self, id: &ConversationId, error: Option<&DiskError>) {
+        for (deleted, reply) in self.deleting.remove(id).unwrap_or_default() {
+            reply.send(match error {
+                None => Ok(deleted),
+                Some(error) => Err(not_durable(&error.to_string())),
+            });
+        }
+    }
+
+    /// One walk over all outlines.
+    fn find(&self, who: &Who) -> Result<ConversationId, AskError> {
+        let is_it = |id: &ConversationId, name: &str, root: &str| match who {
+            Who::Name { name: asked, root: None } => name == asked,
+            Who::Name { name: asked, root: Some(prefix) } => {
+                name == asked && root.starts_with(prefix.as_str())
+            }
+            Who::Id(digits) => !digits.is_empty() && id.hex().starts_with(digits.as_str()),
+        };
+        let mut found = self.store.conversations.iter().filter_map(|(id, known)| {
+            let root = known.outline.root.to_string();
+            is_it(id, &known.outline.name, &root).then_some((*id, root))
+        });
+        let shown = match who {
+            Who::Name { name, .. } => format!("{name:?}"),
+            Who::Id(digits) => digits.clone(),
+        };
+        let Some((id, root)) = found.next() else {
+            return Err(AskError::NoConversation { who: shown });
+        };
+        let mut roots = vec![root];
+        let mut count = 1;
+        for (_, root) in found {
+            count += 1;
+            if roots.len() < ROOTS_NAMED {
+                roots.push(root);
+            }
+        }
+        match count {
+            1 => Ok(id),
+            count => Err(AskError::Ambiguous { who: shown, count, roots: roots.join(", ") }),
+        }
+    }
+}
+
+fn not_durable(why: &str) -> AskError {
+    AskError::NotNow(format!(
+        "the conversation is unreadable now, but the disk could not be told, so a new worker may find it \
+         again ({why}); delete it again when `kvctl status` shows the disk ready"
+    ))
+}
+
+pub(super) fn no_conversation(id: &ConversationId) -> AskError {
+    AskError::NoConversation { who: id.to_string() }
+}
