@@ -76,7 +76,8 @@ bench-hit-rate: build ## Hit rates of the policies on generated traces, in the p
 bench-index: build ## What a block on disk costs in memory, and how soon a restarted daemon knows it
 	@$(BIN)/bench_index
 
-bench-disk: build ## The disk tier's engines against fio and one file per block
+bench-disk: build ## The disk tier's engines against fio, foyer and one file per block
+	@cargo build --quiet --release --manifest-path bench/foyer/Cargo.toml --target-dir $(COLLOQUY_CACHE)/bench-foyer
 	@command -v fio >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq fio >/dev/null; }
 	@$(BIN)/bench_disk
 

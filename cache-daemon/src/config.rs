@@ -34,7 +34,7 @@ pub struct Flags {
     /// Bytes that the disk tier may take.
     #[arg(long, env = "COLLOQUY_DISK_BYTES", value_parser = parse_bytes, default_value = "1GiB")]
     pub disk_bytes: u64,
-    /// What keeps the payload on disk; by default slots, or blobdb where the folder has such a store.
+    /// What keeps the payload on disk; by default what the folder has a store of, else slots.
     #[arg(long, env = "COLLOQUY_DISK_ENGINE", value_enum)]
     pub disk_engine: Option<Engine>,
     /// Health, metrics, status.

@@ -82,7 +82,7 @@ pub struct DiskStatus {
     pub physical_bytes: u64,
     /// Allowed.
     pub bytes_max: u64,
-    /// `slots` or `blobdb`.
+    /// `slots`, `segments` or `blobdb`.
     pub engine: &'static str,
     /// Whether payloads pass the page cache by.
     pub direct_io: bool,

@@ -1,14 +1,16 @@
-//! `make bench-disk`: the disk tier's engines against `fio` and against one file per block.
+//! `make bench-disk`: the disk tier's engines against `fio`, the crate foyer, and one file per block.
 //!
-//! Disk → Host means: read, header and row checksums checked, payload copied to where a frame would be.
+//! Disk → Host means: read into a frame of a region, header and row checksums checked.
 //! A pass reads or writes as many blocks as the tier holds, each once, in random order; passes of all
 //! stores and of fio alternate, and each number is a median. Before a pass the page cache forgets the
 //! store's files: BlobDB and the files go through it. Writes count until they are durable. Raw passes
-//! go to `bench/results/disk.json`.
+//! go to `bench/results/disk.json`, the medians as a picture to `docs/disk-throughput.svg`.
 
 #![forbid(unsafe_code)]
 
 mod fio;
+mod foyer;
+mod plot;
 mod store;
 
 use std::collections::BTreeMap;
@@ -23,6 +25,8 @@ use colloquy_tests::figures::{figure, median, write_raw};
 use serde_json::json;
 
 use fio::{Way, Work};
+use foyer::Foyer;
+use plot::Panel;
 use store::{Blocks, STORES, Store, allocated, forget_cached};
 
 /// Bytes in flight: with large blocks fewer of them.
@@ -35,6 +39,11 @@ const FIGURE_MIB: u64 = 8;
 /// Names of fio's ways; the first is what figures are measured against.
 const FIO: [(&str, Way); 3] =
     [("fio", Way::Libaio), ("threads", Way::Threads), ("io_uring", Way::IoUring)];
+
+/// The crate, in its own process. It reads the newer half of what it was given: it drops by whole regions.
+const FOYER: &str = "foyer";
+/// Kinds of passes.
+const WORKS: [&str; 3] = ["read", "write", "read under 30 % writes"];
 
 /// Compares the disk tier's engines with fio.
 #[derive(Debug, Parser)]
@@ -122,7 +131,12 @@ fn mixed_pass(
     })
 }
 
-fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passes> {
+fn throughput(
+    flags: &Flags,
+    dir: &Path,
+    foyer: Option<&Path>,
+    block_mib: u64,
+) -> anyhow::Result<Passes> {
     let block = block_mib * MIB;
     let blocks = Blocks::new(block)?;
     let depth = ((IN_FLIGHT_BYTES / block) as usize).clamp(2, READERS);
@@ -135,6 +149,14 @@ fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passe
         }
         stores.push((name, store));
     }
+    let peer_count = stores[0].1.live_max();
+    let peer = foyer.map(|binary| {
+        std::fs::create_dir_all(folder(FOYER))?;
+        let mut peer = Foyer::start(binary, &folder(FOYER), flags.mib, block_mib, depth)?;
+        peer.pass("write", 2 * peer_count, 0)?;
+        anyhow::Ok(peer)
+    });
+    let mut peer = peer.transpose()?;
     let fio_file = dir.join("fio");
     let fio_bytes = stores[0].1.live_max() as u64 * block;
     let fio = |way, work| fio::pass(way, &fio_file, work, fio_bytes, block, depth);
@@ -148,11 +170,17 @@ fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passe
         for (name, store) in &stores {
             note("read", name, read_pass(store, &folder(name), block, depth, round)?);
         }
+        if let Some(peer) = &mut peer {
+            note("read", FOYER, peer.pass("read", peer_count / 2, round)?);
+        }
         for (name, way) in FIO {
             note("write", name, fio(way, Work::Write)?);
         }
         for (name, store) in &stores {
             note("write", name, write_pass(store, block)?);
+        }
+        if let Some(peer) = &mut peer {
+            note("write", FOYER, peer.pass("write", peer_count, round)?);
         }
         for (name, way) in FIO {
             note("read under 30 % writes", name, fio(way, Work::Mixed)?);
@@ -162,8 +190,8 @@ fn throughput(flags: &Flags, dir: &Path, block_mib: u64) -> anyhow::Result<Passe
             note("read under 30 % writes", name, rate);
         }
     }
-    drop(stores);
-    for name in STORES {
+    drop((stores, peer));
+    for name in STORES.into_iter().chain(foyer.map(|_| FOYER)) {
         std::fs::remove_dir_all(folder(name))?;
     }
     std::fs::remove_file(fio_file)?;
@@ -213,23 +241,34 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let mut raw = Vec::new();
     println!("GB/s, median of {} passes over {} MiB", flags.rounds, flags.mib);
-    let names: Vec<&str> = FIO.into_iter().map(|(name, _)| name).chain(STORES).collect();
+    let foyer = foyer::binary(&home);
+    if foyer.is_none() {
+        println!("without foyer: `make bench-disk` builds it");
+    }
+    let names =
+        FIO.into_iter().map(|(name, _)| name).chain(STORES).chain(foyer.as_ref().map(|_| FOYER));
+    let names: Vec<&str> = names.collect();
     let columns = names.iter().map(|name| format!("{name:>10}")).collect::<Vec<_>>().concat();
     println!("{:>6}  {:24}{columns}", "MiB", "");
+    let mut panels = WORKS.map(|title| Panel { title, groups: Vec::new() });
     for block_mib in &flags.block_mib {
-        let passes = throughput(&flags, &dir, *block_mib)?;
-        for work in ["read", "write", "read under 30 % writes"] {
-            let rates: Vec<f64> =
-                names.iter().map(|name| median(&passes[&(work, *name)])).collect();
-            let columns = rates.iter().map(|rate| format!("{:>10.2}", rate / 1e9));
-            let columns = columns.collect::<Vec<_>>().concat();
+        let passes = throughput(&flags, &dir, foyer.as_deref(), *block_mib)?;
+        for (work, panel) in WORKS.into_iter().zip(&mut panels) {
+            let of = |name| Some(median(passes.get(&(work, name))?));
+            let rates: Vec<Option<f64>> = names.iter().map(|name| of(*name)).collect();
+            let column = |rate: &Option<f64>| {
+                rate.map_or_else(|| format!("{:>10}", "-"), |rate| format!("{:>10.2}", rate / 1e9))
+            };
+            let columns = rates.iter().map(column).collect::<Vec<_>>().concat();
             println!("{block_mib:>6}  {work:24}{columns}");
-            let of = |name| median(&passes[&(work, name)]);
+            let scaled = rates.iter().map(|rate| rate.map(|rate| rate / 1e9)).collect();
+            panel.groups.push((*block_mib, scaled));
+            let ratio = of(SLOTS).zip(of(FIO[0].0)).map_or(0.0, |(slots, fio)| slots / fio);
             if *block_mib == FIGURE_MIB {
                 match work {
-                    "read" => figure("disk_read_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
-                    "write" => figure("disk_write_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
-                    _ => figure("disk_mixed_read_vs_fio", of(SLOTS) / of(FIO[0].0), "ratio"),
+                    "read" => figure("disk_read_vs_fio", ratio, "ratio"),
+                    "write" => figure("disk_write_vs_fio", ratio, "ratio"),
+                    _ => figure("disk_mixed_read_vs_fio", ratio, "ratio"),
                 }
             }
         }
@@ -239,6 +278,7 @@ fn main() -> anyhow::Result<()> {
             }));
         }
     }
+    plot::draw(&names, &panels)?;
     let mut amplifications = Vec::new();
     for name in STORES {
         let (write, space) = amplification(&flags, &dir, name)?;

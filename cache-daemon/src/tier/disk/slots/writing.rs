@@ -17,8 +17,11 @@ use crate::tier::disk::{DiskError, NewBlock, WriteFailure};
 /// Each file is this share of all: small enough that another geometry takes over piece by piece.
 const FILE_SHARE: u64 = 32;
 const FILE_BYTES_MAX: u64 = 1 << 30;
-/// But a group of blocks has room in one, so that one sync does for all, unless that is a quarter.
+/// But a group of blocks has room in one, so that one sync does for all, unless there are too few then.
 pub const FILE_SLOTS_MIN: u64 = crate::tier::disk::GROUP_MAX as u64;
+const FILES_MIN: u64 = 4;
+/// One of them is always spare.
+const SEGMENTS_MIN: u64 = 16;
 /// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
 /// blocks.
 const WRITE_THREADS: usize = 4;
@@ -73,7 +76,11 @@ impl SlotTier {
             }
         };
         let slots = (self.files_bytes_max / FILE_SHARE).min(FILE_BYTES_MAX) / slot_bytes(geometry);
-        let slots_max = (self.files_bytes_max / 4 / slot_bytes(geometry)).max(1);
+        let files_min = match self.placement {
+            Placement::InPlace => FILES_MIN,
+            Placement::Append => SEGMENTS_MIN,
+        };
+        let slots_max = (self.files_bytes_max / files_min / slot_bytes(geometry)).max(1);
         let slots = slots.max(FILE_SLOTS_MIN).min(slots_max).min(u64::from(u32::MAX)) as u32;
         // The last file takes what is left of the budget: whole files alone would strand up to one.
         let slots = loop {

@@ -327,7 +327,7 @@ fn every_flipped_bit_is_a_miss_or_harmless_never_wrong_bytes(placement: Placemen
         }
         drive.flip(at, bit);
     }
-    assert!(misses > 2000, "{misses} misses");
+    assert!(misses > 1500, "{misses} misses");
     // And where the index is made from such slots.
     for _ in 0..40 {
         let at = PAGE_BYTES as u64 + random(12 * slot_bytes(&geometry()));
@@ -360,7 +360,12 @@ fn a_full_drive_an_ill_one_and_a_read_only_one_cost_stores_and_nothing_else(plac
         assert_eq!(read(&tier, &block(3).header.key), None);
         drive.faults.reads_fail.store(0, Ordering::Relaxed);
         assert_eq!(read(&tier, &block(3).header.key), Some(block(3)), "the entry stayed");
-        let bad = if errno == EIO { 2 } else { 0 }; // Slots that are not tried again.
+        // Slots that are not tried again: a segment has one left, and another cannot be made.
+        let bad = match (errno, placement) {
+            (EIO, Placement::InPlace) => 2,
+            (EIO, Placement::Append) => 1,
+            _ => 0,
+        };
         assert_eq!(tier.lock().space.used(), 4 + bad, "no slot leaked after errno {errno}");
     }
 }
@@ -581,12 +586,12 @@ fn a_power_cut_while_a_segment_is_reclaimed_loses_no_block() {
     for step in 1.. {
         let (dir, drive) = (home(), Arc::new(Drive::default()));
         let tier = open(placement, &drive, dir.path());
-        let blocks: Vec<_> = (0..56).map(block).collect();
-        for (number, some) in blocks.chunks(8).enumerate() {
-            assert_eq!(write(&tier, some, 8 * number as u64), [true; 8]);
+        let blocks: Vec<_> = (0..60).map(block).collect();
+        for (number, some) in blocks.chunks(6).enumerate() {
+            assert_eq!(write(&tier, some, 6 * number as u64), [true; 6]);
         }
         assert_eq!(write(&tier, &[block(99)], 99), [false], "full of blocks that are wanted");
-        let (gone, kept): (Vec<_>, Vec<_>) = (0..56).partition(|number| number % 2 == 0);
+        let (gone, kept): (Vec<_>, Vec<_>) = (0..60).partition(|number| number % 2 == 0);
         let keys: Vec<_> = gone.iter().map(|number| blocks[*number].header.key).collect();
         tier.remove(&keys).unwrap();
         drive.faults.steps_left.store(step, Ordering::Relaxed);
@@ -608,7 +613,7 @@ fn a_power_cut_while_a_segment_is_reclaimed_loses_no_block() {
         }
         cuts += 1;
     }
-    assert!(cuts >= 10, "only {cuts} steps were cut");
+    assert!(cuts >= 7, "only {cuts} steps were cut"); // Two copies and two new blocks.
 }
 
 /// Blocks in the oracle test: with what is being written again, fewer than segments can hold.
