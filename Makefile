@@ -58,7 +58,7 @@ crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong 
 	@COLLOQUY_CRASH_MODEL=smollm2 cargo test --profile ci --workspace --test crash -- --nocapture
 
 crash-daemon: build ## Kill the cache daemon 1,000 times in saves, loads, promotes, slot and index writes; no wrong byte
-	@COLLOQUY_CRASH_KILLS=200 cargo test --profile ci --workspace --test crash -- cost_no_wrong_byte --nocapture
+	@COLLOQUY_CRASH_KILLS=200 cargo test --profile ci --workspace --test crash --test migration -- cost_no_wrong_byte --nocapture
 
 fuzz: prepare ## Spoilt and random bytes for every parser, many more than the tests give (CASES=20000)
 	@PROPTEST_CASES=$(or $(CASES),20000) cargo test --profile ci --workspace --lib -- panic flipped spoilt any_bytes comes_back

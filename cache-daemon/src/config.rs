@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::policy::PolicyKind;
 use crate::store::TenantShare;
 use crate::tier::disk::Engine;
+use crate::tier::remote::{RemoteUrl, UrlError};
 
 /// Most bytes a region may have: offsets stay far from overflow.
 const HOST_BYTES_MAX: u64 = 1 << 42;
@@ -15,6 +16,8 @@ const DISK_BYTES_MIN: u64 = 16 << 20;
 
 /// Name of the admin API's socket, in the folder of the handshake's.
 pub const ADMIN_SOCKET_FILE: &str = "admin.sock";
+/// Fewest bytes a second of migrations: of four at once each must send a piece before it counts as silent.
+const MIGRATION_RATE_MIN: u64 = 256 << 10;
 
 /// Flags of both commands, as given.
 #[derive(Debug, Clone, clap::Args)]
@@ -68,6 +71,21 @@ pub struct Flags {
         conflicts_with = "disk_write_bytes_per_day"
     )]
     pub disk_drive_writes_per_day: Option<f64>,
+    /// Where other daemons may fetch conversations (HTTP/2 in clear text); without it nowhere.
+    #[arg(long, env = "COLLOQUY_MIGRATION_LISTEN")]
+    pub migration_listen: Option<SocketAddr>,
+    /// File of the secret that daemons share, 32 bytes or more; read again at each use.
+    #[arg(long, env = "COLLOQUY_MIGRATION_SECRET_FILE")]
+    pub migration_secret_file: Option<PathBuf>,
+    /// Bytes that migrations and the remote tier may move a second, each way; 0 is no limit.
+    #[arg(long, env = "COLLOQUY_MIGRATION_BYTES_PER_SECOND", value_parser = parse_bytes, default_value = "256MiB")]
+    pub migration_bytes_per_second: u64,
+    /// Object store of the remote tier: file:///FOLDER or s3://BUCKET/PREFIX (AWS_* variables say how).
+    #[arg(long, env = "COLLOQUY_REMOTE_URL")]
+    pub remote_url: Option<String>,
+    /// At SIGTERM, offload conversations used within so many seconds, as far as time allows; 0 is none.
+    #[arg(long, env = "COLLOQUY_REMOTE_ON_STOP_SECONDS", default_value_t = 0)]
+    pub remote_on_stop_seconds: u64,
 }
 
 /// A share, from 1 to 100.
@@ -104,6 +122,16 @@ pub struct Config {
     pub write_bytes_per_day: Option<u64>,
     /// See [`Flags::deletion_deadline_seconds`].
     pub deletion_deadline: Duration,
+    /// See [`Flags::migration_listen`].
+    pub migration_listen: Option<SocketAddr>,
+    /// See [`Flags::migration_secret_file`].
+    pub migration_secret_file: Option<PathBuf>,
+    /// See [`Flags::migration_bytes_per_second`].
+    pub migration_bytes_per_second: u64,
+    /// See [`Flags::remote_url`].
+    pub remote_url: Option<RemoteUrl>,
+    /// See [`Flags::remote_on_stop_seconds`].
+    pub remote_on_stop: Option<Duration>,
 }
 
 /// A flag that cannot be: exit code 64.
@@ -130,6 +158,22 @@ pub enum ConfigError {
         /// Given.
         value: String,
     },
+    /// Anybody could fetch conversations.
+    #[error(
+        "--migration-listen needs --migration-secret-file: without a secret anybody could fetch conversations"
+    )]
+    NoSecret,
+    /// No place.
+    #[error(transparent)]
+    Remote(#[from] UrlError),
+    /// So slow that the other side would take it for dead.
+    #[error("--migration-bytes-per-second is {value}, must be 0 (no limit) or at least {min}")]
+    MigrationRate {
+        /// Given.
+        value: u64,
+        /// Fewest.
+        min: u64,
+    },
 }
 
 impl TryFrom<Flags> for Config {
@@ -153,6 +197,13 @@ impl TryFrom<Flags> for Config {
         }
         let drive_writes = drive_writes.map(|rate| (rate * flags.disk_bytes as f64) as u64);
         let beside = || flags.socket.with_file_name(ADMIN_SOCKET_FILE);
+        if flags.migration_listen.is_some() && flags.migration_secret_file.is_none() {
+            return Err(ConfigError::NoSecret);
+        }
+        let rate = flags.migration_bytes_per_second;
+        if (1..MIGRATION_RATE_MIN).contains(&rate) {
+            return Err(ConfigError::MigrationRate { value: rate, min: MIGRATION_RATE_MIN });
+        }
         Ok(Self {
             admin_socket: flags.admin_socket.unwrap_or_else(beside),
             socket: flags.socket,
@@ -170,6 +221,12 @@ impl TryFrom<Flags> for Config {
             },
             write_bytes_per_day: flags.disk_write_bytes_per_day.or(drive_writes),
             deletion_deadline: Duration::from_secs(flags.deletion_deadline_seconds),
+            migration_listen: flags.migration_listen,
+            migration_secret_file: flags.migration_secret_file,
+            migration_bytes_per_second: flags.migration_bytes_per_second,
+            remote_url: flags.remote_url.map(|url| url.parse()).transpose()?,
+            remote_on_stop: (flags.remote_on_stop_seconds > 0)
+                .then(|| Duration::from_secs(flags.remote_on_stop_seconds)),
         })
     }
 }

@@ -5,6 +5,7 @@
 //! walk all frames and are rare.
 
 mod asks;
+mod transfers;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -26,6 +27,7 @@ use crate::metrics::{BlockCounts, DeletionStatus, DiskStatus, Metrics, Snapshot}
 use crate::store::Store;
 use crate::tier::disk::{DiskError, DiskUsage, Done, Job, RECLAIMING, StoredBlock};
 use crate::tier::host::HostTier;
+use crate::tier::remote::Remote;
 use crate::tombstone::Tombstone;
 use crate::transfer::{Arrival, DiskState, Waiter};
 
@@ -71,6 +73,8 @@ enum Asker {
     Runtime(AttachmentId, u32, Ticket),
     /// The admin API, which is also told when the record was put.
     Admin(u64, Reply<(Arc<[u8]>, u64)>),
+    /// An export, or an offload.
+    Transfer(transfers::RecordReply),
 }
 
 /// See the module.
@@ -97,6 +101,10 @@ pub struct Daemon {
     disk_failed_since: Option<Instant>,
     expired_at: Instant,
     published_at: Option<Instant>,
+    remote: Option<Remote>,
+    /// How long ago conversations that are offloaded at the end may have been used.
+    remote_on_stop: Option<Duration>,
+    offloading: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,9 +153,18 @@ impl Daemon {
             disk_failed_since: None,
             expired_at: Instant::now(),
             published_at: None,
+            remote: None,
+            remote_on_stop: None,
+            offloading: false,
         };
         daemon.publish_at_times(false);
         daemon
+    }
+
+    /// With a remote tier; at the end, conversations used within `on_stop` are offloaded.
+    #[must_use]
+    pub fn with_remote(self, remote: Option<Remote>, on_stop: Option<Duration>) -> Self {
+        Self { remote, remote_on_stop: on_stop, ..self }
     }
 
     /// Turns until asked to stop.
@@ -205,9 +222,13 @@ impl Daemon {
                 let _ = reply.send(answer); // Hung up meanwhile: its thread reports the end.
             }
             Event::Peer(PeerEvent::Ask(ask)) => self.ask(ask),
+            Event::Peer(PeerEvent::Transfer(ask)) => self.answer_transfer(ask),
             Event::Peer(PeerEvent::Gone { id, incarnation }) => self.gone(id, incarnation),
             Event::Peer(PeerEvent::Terminate) => {
-                self.stop_since.get_or_insert_with(Instant::now);
+                if self.stop_since.is_none() {
+                    self.stop_since = Some(Instant::now());
+                    self.begin_offload();
+                }
                 self.store.transfers.write_tails();
             }
             Event::Found(blocks) => self.store.found_on_disk(blocks),
@@ -491,6 +512,12 @@ impl Daemon {
                 self.questions.entry(name).or_default().push(asker);
                 return;
             }
+        } else if recent.is_none()
+            && matches!(asker, Asker::Runtime(..))
+            && (self.questions.contains_key(&name) || self.may_fetch(name))
+        {
+            self.questions.entry(name).or_default().push(asker);
+            return;
         }
         self.give_record(&name, asker, recent);
     }
@@ -508,6 +535,15 @@ impl Daemon {
                 Some(record) => Ok((record, updated_ms)),
                 None => Err(asks::no_conversation(name)),
             }),
+            Asker::Transfer(reply) => {
+                let _ = reply.send(Ok(self.kept(name, record))); // Gone meanwhile is as good.
+            }
+        }
+    }
+
+    fn answer_questions(&mut self, name: &ConversationId, record: Option<&Arc<[u8]>>) {
+        for asker in self.questions.remove(name).unwrap_or_default() {
+            self.give_record(name, asker, record.cloned());
         }
     }
 
@@ -518,9 +554,7 @@ impl Daemon {
                 let record = record.filter(|_| !self.store.is_deleted(&name));
                 let record = record.filter(|bytes| !Tombstone::is_one(bytes));
                 let record: Option<Arc<[u8]>> = record.map(Into::into);
-                for asker in self.questions.remove(&name).unwrap_or_default() {
-                    self.give_record(&name, asker, record.clone());
-                }
+                self.answer_questions(&name, record.as_ref());
             }
             Done::Flushed => self.flush = Flush::Done,
             Done::Buried { id, error } => {
@@ -609,7 +643,7 @@ impl Daemon {
             let asked = self.store.disk.write(Job::Flush).is_ok();
             self.flush = if asked { Flush::Asked } else { Flush::NotAsked };
         }
-        (self.flush == Flush::Done).then_some(Ended::Stopped)
+        (self.flush == Flush::Done && !self.offloading).then_some(Ended::Stopped)
     }
 
     /// Shows the state, always before the loop rests.

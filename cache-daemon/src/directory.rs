@@ -647,6 +647,14 @@ impl Directory {
         best.map(|(_, child)| child).into_iter().chain(full).collect()
     }
 
+    /// Open children of `parent` that go on as `tail` does, whoever reads them: what a transfer takes along.
+    pub fn tails_of(&self, parent: &BlockKey, root: &RootKey, tail: &[u32]) -> Vec<BlockKey> {
+        let children = self.node_of(parent).into_iter().flat_map(|id| self.children_of(id));
+        let ours = children.filter(|(_, block)| self.label(block).root == *root).collect();
+        let open = self.continuing(ours, tail).into_iter().take(CANDIDATES_MAX);
+        open.map(|(id, _)| *self.key(id)).collect()
+    }
+
     fn why_gone(&self, key: &BlockKey, parent: Option<EntryId>, list: &KeyList) -> MissReason {
         // Under the root every other conversation is a sibling: that is no divergence.
         let has_siblings = parent.is_some_and(|id| {

@@ -55,14 +55,14 @@ pub fn spawn(
 }
 
 /// A port that is still taken, by a worker just killed, is not the end of the cache.
-async fn bind(address: SocketAddr) -> tokio::net::TcpListener {
+pub(crate) async fn bind(address: SocketAddr) -> tokio::net::TcpListener {
     let mut told = false;
     loop {
         match tokio::net::TcpListener::bind(address).await {
             Ok(listener) => return listener,
             Err(error) if !told => {
                 told = true;
-                tracing::warn!(%address, %error, "http cannot bind, trying again");
+                tracing::warn!(%address, %error, "cannot bind, trying again");
             }
             Err(_) => {}
         }

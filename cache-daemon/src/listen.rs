@@ -39,6 +39,8 @@ pub enum PeerEvent {
     },
     /// The admin API asks.
     Ask(Ask),
+    /// A transfer wants to know, or to have done.
+    Transfer(crate::migrate::ask::Ask),
     /// The supervisor, or Kubernetes, wants us to end.
     Terminate,
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use cache_daemon::config::{Config, Flags};
 use cache_daemon::daemon::Ended;
+use cache_daemon::migrate::secret::Secret;
 use cache_daemon::{supervise, worker};
 use clap::Parser;
 
@@ -60,6 +61,12 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_CONFIG);
         }
     };
+    // Only once: a secret that is spoilt later refuses exports, and a worker goes on without them.
+    let secret = config.migration_secret_file.as_deref();
+    if let (Command::Supervise(_), Some(Err(error))) = (&command, secret.map(Secret::read)) {
+        eprintln!("cache-daemon: {error}");
+        return ExitCode::from(EXIT_CONFIG);
+    }
     let result = match command {
         Command::Supervise(_) => supervise::run(&config).map_err(anyhow::Error::from),
         Command::Worker { listen_fd, region_fd, .. } => work(&config, listen_fd, region_fd),

@@ -125,6 +125,20 @@ pub struct Metrics {
     pub disk_errors: IntCounter,
     /// Corrupt things found, by where.
     pub corrupt: IntCounterVec,
+    /// Exports to other daemons, by end.
+    pub exports: IntCounterVec,
+    /// Blocks sent in exports that came to their end.
+    pub exported_blocks: IntCounter,
+    /// Bytes handed to connections of exports.
+    pub exported_bytes: IntCounter,
+    /// Imports, by end.
+    pub imports: IntCounterVec,
+    /// Blocks that arrived in imports and are kept.
+    pub imported_blocks: IntCounter,
+    /// Their bytes.
+    pub imported_bytes: IntCounter,
+    /// What the remote tier did, by end.
+    pub remote: IntCounterVec,
     /// Attachments made.
     pub attaches: IntCounter,
     /// Attachments refused, by reason.
@@ -183,6 +197,13 @@ impl Metrics {
             )?,
             disk_errors: counter("disk_errors_total", "Failed calls of the disk tier.")?,
             corrupt: counters("corrupt_total", "Corrupt things found, by where.", "where")?,
+            exports: counters("exports_total", "Answers to other daemons, by end.", "end")?,
+            exported_blocks: counter("exported_blocks_total", "Blocks sent to other daemons.")?,
+            exported_bytes: counter("exported_bytes_total", "Bytes sent to other daemons.")?,
+            imports: counters("imports_total", "Conversations imported, by end.", "end")?,
+            imported_blocks: counter("imported_blocks_total", "Blocks imported and kept.")?,
+            imported_bytes: counter("imported_bytes_total", "Bytes of blocks imported.")?,
+            remote: counters("remote_total", "Conversations of the remote tier.", "end")?,
             attaches: counter("attaches_total", "Attachments made.")?,
             refusals: counters("attach_refusals_total", "Attachments refused.", "reason")?,
             protocol_errors: counter(

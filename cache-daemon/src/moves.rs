@@ -203,6 +203,24 @@ pub(crate) trait Tiers {
         self.demote(&key).then_some(promote)
     }
 
+    /// Whether a block may come from another daemon or the remote tier: into a frame that the watermark does
+    /// not need, or in the place of a block that no waiting turn will read and that the disk keeps.
+    fn has_room_for_import(&mut self) -> bool {
+        if self.frames().has_spare() {
+            return true;
+        }
+        self.refresh();
+        let can_write = self.can_write();
+        let Catalogue { directory, queue, index, .. } = self.catalogue();
+        let Some(victim) = index.host_victim(&mut Walk::default()) else { return false };
+        let key = *directory.key(victim.id);
+        let is_needed = queue.first_turn(&key).is_some();
+        let is_kept = can_write || directory.get(&key).is_some_and(Block::is_stored);
+        // One that is not stored yet is written first: there is room soon.
+        let demoted = !is_needed && is_kept && self.demote(&key);
+        demoted && self.frames().free > free_low(self.frames().all)
+    }
+
     /// Whether a block that is in a frame is written now: the drive's budget allows it, and the disk has room
     /// or makes some. A block that is not leaves its frame all the same when frames run out.
     fn choose_write(&mut self, key: &BlockKey, bytes: u64) -> Result<(), Unwritten> {

@@ -4,14 +4,17 @@
 
 use std::sync::Arc;
 
+use kv_protocol::frame::FrameError;
 use kv_protocol::message::{CommitOutcome, FoundBlock, FrameHandle, Hint, KeyList, Tier};
 use kv_protocol::table::{FrameTable, RegionView};
-use kv_protocol::{AttachmentId, BlockKey, Geometry, MissReason};
+use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex, Geometry, MissReason};
 
 use crate::attachment::ProtocolError;
 use crate::conversation::Conversations;
 use crate::deletion::Deletions;
 use crate::directory::{Description, Directory, EntryId, Link, OnDisk};
+use crate::export::Exports;
+use crate::import::Imports;
 use crate::metrics::Metrics;
 use crate::policy::budget::WriteBudget;
 use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
@@ -96,6 +99,8 @@ pub struct Store {
     pub(crate) conversations: Conversations,
     pub(crate) deletions: Deletions,
     pub(crate) verification: Verification,
+    pub(crate) exports: Exports,
+    pub(crate) imports: Imports,
     pub(crate) metrics: Arc<Metrics>,
     /// Where the next walk for expired blocks begins.
     expiring: usize,
@@ -131,6 +136,8 @@ impl Store {
             conversations: Conversations::new(config.disk_bytes / 8),
             deletions: Deletions::default(),
             verification: Verification::default(),
+            exports: Exports::default(),
+            imports: Imports::default(),
             metrics,
             expiring: 0,
         }
@@ -317,7 +324,6 @@ impl Store {
         let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
         host.check_filling(handle, id)?;
         let frame = handle.frame;
-        let geometry = *host.table().geometry();
         let header = match host.table().header(handle) {
             Ok(header) => header,
             Err(error) => {
@@ -327,14 +333,27 @@ impl Store {
                 return Ok(CommitOutcome::Refused);
             }
         };
+        Ok(self.enter(&header, frame, now_ms).map_err(crate::tier::host::HandleError::from)?)
+    }
+
+    /// Enters the block of a frame that was filled: by a runtime, or by an import. The frame is published
+    /// or free after this.
+    pub(crate) fn enter(
+        &mut self,
+        header: &BlockHeader,
+        frame: FrameIndex,
+        now_ms: u64,
+    ) -> Result<CommitOutcome, FrameError> {
+        let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
         let key = header.key;
         if self.deletions.refuses(key, &header.parent) {
             host.free(frame); // Of a turn that began before its conversation was deleted.
             return Ok(CommitOutcome::Refused);
         }
-        let is_full = header.is_full(&geometry);
-        let bytes = self.config.disk_engine.block_bytes(&geometry);
-        let description = Description::of(&header, is_full, bytes);
+        let geometry = host.table().geometry();
+        let is_full = header.is_full(geometry);
+        let bytes = self.config.disk_engine.block_bytes(geometry);
+        let description = Description::of(header, is_full, bytes);
         let label = self.directory.get(&key).map(|known| *self.directory.label(known));
         if let Some(known) = self.directory.get_mut(&key) {
             (known.used_ms, known.reused) = (now_ms, true);
@@ -345,14 +364,14 @@ impl Store {
                 }
                 // On disk only: the frame spares a promote, and nothing needs to be written again.
                 known.host = Some(frame);
-                host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
+                host.publish(frame, key)?;
                 return Ok(CommitOutcome::Stored);
             }
             // Other labels: the newest is the likeliest to be read again.
             self.forget(&key, MissReason::Variant);
         }
         let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
-        host.publish(frame, key).map_err(crate::tier::host::HandleError::from)?;
+        host.publish(frame, key)?;
         self.directory.insert(key, &description, now_ms, frame);
         let Description { parent, label, tokens, .. } = &description;
         self.conversations.goes_on(parent.short(), key.short(), tokens, is_full);

@@ -317,6 +317,8 @@ impl Store {
         self.choose_tails(now_ms);
         self.keep_frames_free();
         let failed = self.begin_reads();
+        self.begin_copies();
+        self.begin_imports();
         self.begin_writes();
         self.begin_maintenance();
         self.begin_erasure(now_ms);
@@ -525,6 +527,8 @@ impl Store {
             Done::LoadFailed(error) => self.disk_failed(&error),
             Done::Written { key, frame, result } => self.written(key, frame, result),
             Done::Read { key, frame, result } => return self.read(key, frame, result),
+            Done::Copied { key, frame, result } => self.copied(key, frame, result),
+            Done::Filled { key, frame, result } => self.filled(key, frame, result),
             Done::Maintained { what, error, usage } => {
                 self.transfers.maintaining -= 1;
                 self.transfers.physical_bytes = usage.physical_bytes;

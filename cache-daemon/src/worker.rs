@@ -11,6 +11,8 @@ use kv_protocol::table::RegionView;
 use crate::config::Config;
 use crate::daemon::{Daemon, Ended};
 use crate::metrics::Metrics;
+use crate::migrate::ask::Loop;
+use crate::migrate::start::{StartError, start as start_migration};
 use crate::shm::map::{self, EXTENT_BYTES, MapError};
 use crate::store::{Store, StoreConfig};
 use crate::tier::disk::none::NoDisk;
@@ -32,6 +34,9 @@ pub enum WorkerError {
         /// Why.
         source: std::io::Error,
     },
+    /// Migrations, or the remote tier.
+    #[error(transparent)]
+    Migration(#[from] StartError),
     /// Two metrics of one name: a bug.
     #[error(transparent)]
     Metrics(#[from] prometheus::Error),
@@ -85,10 +90,14 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         deletion_deadline_ms: config.deletion_deadline.as_millis() as u64,
     };
     let store = Store::new(store_config, disk, metrics.clone());
-    let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done);
+    let state = Loop::new(peer_events.clone(), notify.clone());
+    let migration = start_migration(config, &state, &metrics)?;
+    let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done)
+        .with_remote(migration.remote, config.remote_on_stop);
     // Only now: whoever connects finds the region adopted, and whoever asks is shown a state.
     let (path, events) = (&config.admin_socket, peer_events.clone());
-    if let Err(error) = admin::spawn(path, metrics.clone(), events, notify.clone()) {
+    if let Err(error) = admin::spawn(path, metrics.clone(), migration.desk, events, notify.clone())
+    {
         tracing::error!(%error, "no admin API: kvctl will not reach this worker"); // The cache works on.
     }
     http::spawn(config.http, metrics, peer_events.clone(), notify.clone())
@@ -96,7 +105,9 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
     listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)
         .map_err(start("listening"))?;
     fault_in_background(view, memfd).map_err(start("faulting"))?;
-    Ok(daemon.run())
+    let ended = daemon.run();
+    migration.runtime.shutdown_background();
+    Ok(ended)
 }
 
 /// A ring of the doorbell must not push the engine, which rings it, off its core: threads of `SCHED_BATCH`

@@ -83,13 +83,17 @@ enum By {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WhoQuery {
+pub(super) struct WhoQuery {
     #[serde(default)]
     by: By,
     root: Option<String>,
 }
 
-async fn find(admin: &Admin, who: String, query: WhoQuery) -> Result<ConversationId, AskError> {
+pub(super) async fn find(
+    admin: &Admin,
+    who: String,
+    query: WhoQuery,
+) -> Result<ConversationId, AskError> {
     let who = match query.by {
         By::Name => Who::Name { name: who, root: query.root },
         By::Id => Who::Id(who),

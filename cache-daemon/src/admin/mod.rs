@@ -7,6 +7,7 @@
 mod ask;
 mod conversations;
 mod socket;
+mod transfers;
 
 pub use ask::{Ask, AskError, Deleted, Reply, Who};
 
@@ -24,6 +25,7 @@ use tokio::sync::oneshot;
 
 use crate::listen::PeerEvent;
 use crate::metrics::{Metrics, Snapshot};
+use crate::migrate::desk::Desk;
 use crate::tier::disk::DiskUsage;
 use crate::verify::Verification;
 
@@ -43,6 +45,7 @@ pub struct Admin {
     events: Sender<PeerEvent>,
     notify: Arc<dyn Fn() + Send + Sync>,
     metrics: Arc<Metrics>,
+    desk: Desk,
 }
 
 impl Admin {
@@ -64,6 +67,7 @@ impl Admin {
 pub fn spawn(
     path: &Path,
     metrics: Arc<Metrics>,
+    desk: Desk,
     events: Sender<PeerEvent>,
     notify: impl Fn() + Send + Sync + 'static,
 ) -> std::io::Result<()> {
@@ -72,7 +76,7 @@ pub fn spawn(
         let _inside = runtime.enter();
         socket::bind(path, CONNECTIONS_MAX, IDLE_MAX)?
     };
-    let router = router(Admin { events, notify: Arc::new(notify), metrics });
+    let router = router(Admin { events, notify: Arc::new(notify), metrics, desk });
     let serve = async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!(%error, "the admin API ended");
@@ -89,6 +93,7 @@ fn router(admin: Admin) -> Router {
         .route("/verify", get(verification).post(verify))
         .route("/compact", post(compact))
         .merge(conversations::router())
+        .merge(transfers::router())
         .fallback(|| async { AskError::NoSuchPath })
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(admin)

@@ -63,12 +63,16 @@ impl Daemon {
     /// Unreadable from here on; the answer waits for the disk.
     fn delete(&mut self, id: &ConversationId, reply: Reply<Deleted>) {
         let now_ms = unix_ms();
+        let root = self.store.conversations.get(id).map(|known| known.outline.root);
         let (doomed, tombstone) = match self.store.delete(id, now_ms) {
             Ok(deleted) => deleted,
             Err(DeleteError::Unknown) => return reply.send(Err(no_conversation(id))),
             Err(error) => return reply.send(Err(AskError::NotNow(error.to_string()))),
         };
         tracing::info!(conversation = %id, blocks = doomed.keys.len(), "deleted");
+        if let Some(root) = root {
+            self.delete_remote(*id, root, &doomed.keys);
+        }
         let has_disk = self.store.transfers.disk_state != DiskState::None;
         let deleted = Deleted {
             blocks: doomed.keys.len() as u64,

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::{Method, Request};
+use hyper::body::{Bytes, Incoming};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
@@ -48,24 +48,61 @@ impl Client {
     /// The answer as it is.
     pub fn text(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<String> {
         block_on(async {
-            let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
-                let path = self.socket.display();
-                let check = match error.kind() {
-                    ErrorKind::NotFound => {
-                        "no such file: is this the daemon's container, and is --socket the daemon's \
-                         --admin-socket (by default admin.sock beside its --socket)?"
-                    }
-                    ErrorKind::ConnectionRefused => {
-                        "nobody listens: the daemon's worker is down or just starting; its log says why"
-                    }
-                    ErrorKind::PermissionDenied => {
-                        "the socket is its owner's alone: run as the daemon's user"
-                    }
-                    _ => "is the daemon running here?",
-                };
-                anyhow::anyhow!("cannot reach the cache daemon at {path} ({error}); {check}")
-            })?;
+            let stream = self.connect().await?;
             exchange(stream, "localhost", method, path, body).await
+        })
+    }
+
+    /// Posts what may take long: `see` is given each line of the answer but the last, which comes back.
+    pub fn lines(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        mut see: impl FnMut(&Value),
+    ) -> anyhow::Result<Value> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let stream = self.connect().await?;
+            let mut answer = request(stream, "localhost", Method::POST, path, body).await?;
+            if !answer.status().is_success() {
+                return Ok(serde_json::from_str(&whole(answer).await?)?);
+            }
+            let (mut text, mut last) = (Vec::new(), None);
+            loop {
+                let frame = tokio::time::timeout(ANSWER_MAX, answer.frame()).await;
+                let Some(frame) = frame.with_context(late)? else { break };
+                text.extend_from_slice(&frame?.into_data().unwrap_or_default());
+                while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+                    let line: Value = serde_json::from_slice(&text[..end])?;
+                    text.drain(..=end);
+                    last.replace(line).iter().for_each(&mut see);
+                }
+            }
+            let last = last.context("the answer broke off")?;
+            match last["error"].as_str() {
+                Some(error) => bail!("{error}"),
+                None => Ok(last),
+            }
+        })
+    }
+
+    async fn connect(&self) -> anyhow::Result<UnixStream> {
+        UnixStream::connect(&self.socket).await.map_err(|error| {
+            let path = self.socket.display();
+            let check = match error.kind() {
+                ErrorKind::NotFound => {
+                    "no such file: is this the daemon's container, and is --socket the daemon's \
+                         --admin-socket (by default admin.sock beside its --socket)?"
+                }
+                ErrorKind::ConnectionRefused => {
+                    "nobody listens: the daemon's worker is down or just starting; its log says why"
+                }
+                ErrorKind::PermissionDenied => {
+                    "the socket is its owner's alone: run as the daemon's user"
+                }
+                _ => "is the daemon running here?",
+            };
+            anyhow::anyhow!("cannot reach the cache daemon at {path} ({error}); {check}")
         })
     }
 }
@@ -86,10 +123,11 @@ pub fn post(url: &str, path: &str, body: &Value) -> anyhow::Result<Value> {
 
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let late = || format!("no answer within {} s", ANSWER_MAX.as_secs());
-        tokio::time::timeout(ANSWER_MAX, work).await.with_context(late)?
-    })
+    runtime.block_on(async { tokio::time::timeout(ANSWER_MAX, work).await.with_context(late)? })
+}
+
+fn late() -> String {
+    format!("no answer within {} s", ANSWER_MAX.as_secs())
 }
 
 async fn exchange(
@@ -99,6 +137,16 @@ async fn exchange(
     path: &str,
     body: Option<&Value>,
 ) -> anyhow::Result<String> {
+    whole(request(stream, host, method, path, body).await?).await
+}
+
+async fn request(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    host: &str,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Response<Incoming>> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection); // Its error comes back by the request.
@@ -109,7 +157,10 @@ async fn exchange(
         .header(hyper::header::HOST, host)
         .header(hyper::header::CONTENT_TYPE, "application/json")
         .body(Full::new(Bytes::from(body)))?;
-    let answer = sender.send_request(request).await?;
+    Ok(sender.send_request(request).await?)
+}
+
+async fn whole(answer: Response<Incoming>) -> anyhow::Result<String> {
     let status = answer.status();
     let bytes = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
     let bytes = bytes.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();

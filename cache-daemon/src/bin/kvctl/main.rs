@@ -10,6 +10,7 @@ mod status;
 mod table;
 mod top;
 mod trace;
+mod transfers;
 mod verify;
 
 use std::process::ExitCode;
@@ -63,6 +64,10 @@ enum Command {
     Truncate(conversations::Truncate),
     /// Forget a conversation: unreadable at once, erased from disk within the deadline.
     Delete(conversations::Delete),
+    /// Get a conversation from another daemon, or from the object store.
+    Import(transfers::Import),
+    /// Put a conversation into the object store.
+    Offload(conversations::Which),
     /// Read every stored block and check it, without getting in the way.
     Verify(verify::Verify),
     /// Give room that the disk tier does not need back to the file system.
@@ -87,6 +92,8 @@ fn main() -> ExitCode {
         Command::Fork(fork) => fork.run(&client, json),
         Command::Truncate(truncate) => truncate.run(&client, json),
         Command::Delete(delete) => delete.run(&client, json),
+        Command::Import(import) => import.run(&client, json),
+        Command::Offload(which) => transfers::offload(&which, &client, json),
         Command::Verify(verify) => verify.run(&client, json),
         Command::Compact => compact::run(&client, json),
         Command::Replay(replay) => replay.run(json),

@@ -8,6 +8,7 @@
 //!   checksums are also checked before a block is written.
 //! - A block is whole or absent, whenever the process dies.
 
+mod copies;
 mod database;
 pub mod engine;
 pub mod none;
@@ -16,6 +17,7 @@ pub mod slots;
 #[cfg(test)]
 mod tests;
 
+pub use copies::CopyFrom;
 pub use engine::Engine;
 
 use std::cell::RefCell;
@@ -31,6 +33,7 @@ use kv_protocol::{
 };
 
 use crate::key_map::KeySet;
+use crate::migrate::bundle::BlockBytes;
 use crate::outline::Outline;
 use crate::tombstone::Tombstone;
 
@@ -315,6 +318,26 @@ pub enum Job {
         /// The region.
         table: FrameTable,
     },
+    /// Copy a block into private memory, for an export.
+    Copy {
+        /// Name.
+        key: BlockKey,
+        /// Whose.
+        root: RootKey,
+        /// A held frame, or the store.
+        from: CopyFrom,
+    },
+    /// Copy an imported block into a granted frame, header and payload.
+    Fill {
+        /// Name.
+        key: BlockKey,
+        /// Its bytes.
+        block: BlockBytes,
+        /// Where they go.
+        handle: FrameHandle,
+        /// The region.
+        table: FrameTable,
+    },
     /// Forget blocks.
     Remove(Vec<BlockKey>),
     /// Store a record.
@@ -387,6 +410,24 @@ pub enum Done {
         /// Filled, unless the result is a miss.
         frame: FrameIndex,
         /// The header found.
+        result: Result<Box<BlockHeader>, MissReason>,
+    },
+    /// End of a copy.
+    Copied {
+        /// Name.
+        key: BlockKey,
+        /// To be released, if it came from one.
+        frame: Option<FrameIndex>,
+        /// The copy, or why there is none.
+        result: Result<BlockBytes, MissReason>,
+    },
+    /// End of a filling.
+    Filled {
+        /// Name.
+        key: BlockKey,
+        /// Filled, unless the result is a miss.
+        frame: FrameIndex,
+        /// The header written.
         result: Result<Box<BlockHeader>, MissReason>,
     },
     /// A record, if there is one.
@@ -674,6 +715,18 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
             frame: handle.frame,
             result: read_block(tier, &key, &root, handle, &table).map(Box::new),
         },
+        Job::Copy { key, root, from } => {
+            let result = copies::copy(tier, &key, &root, &from);
+            let frame = match from {
+                CopyFrom::Frame { handle, .. } => Some(handle.frame),
+                CopyFrom::Disk(_) => None,
+            };
+            Done::Copied { key, frame, result }
+        }
+        Job::Fill { key, block, handle, table } => {
+            let result = copies::fill(&block, handle, &table).map(Box::new);
+            Done::Filled { key, frame: handle.frame, result }
+        }
         Job::Remove(keys) => maintained("removing blocks", tier.remove(&keys)),
         Job::PutConversation { id, updated_ms, record } => {
             let stored = tier.put_conversation(&id, updated_ms, &record);
