@@ -5,7 +5,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kv_protocol::frame::Owner;
 use kv_protocol::handshake::ClientToken;
 use kv_protocol::layout::{ARENA_BYTES, CREDIT_ENTRIES};
 use kv_protocol::message::{
@@ -258,7 +257,7 @@ impl Attachment {
             if waiting >= target || (waiting > 0 && host.counts().free <= 1) {
                 return Ok(granted);
             }
-            let Some(handle) = host.grant(Owner::Attachment(self.id.code())) else {
+            let Some(handle) = host.grant(self.id) else {
                 return Ok(granted);
             };
             self.credits.push(&ring, &[handle.pack()])?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::policy::PolicyKind;
+use crate::shm::map::HugePages;
 use crate::store::TenantShare;
 use crate::tier::disk::Engine;
 use crate::tier::remote::{RemoteUrl, UrlError};
@@ -31,6 +32,9 @@ pub struct Flags {
     /// Bytes of the shared region (plain, or with KiB, MiB, GiB).
     #[arg(long, env = "COLLOQUY_HOST_BYTES", value_parser = parse_bytes)]
     pub host_bytes: u64,
+    /// Make the region of huge pages, which the machine (or the pod: hugepages-2Mi) must have set aside.
+    #[arg(long, env = "COLLOQUY_HUGE_PAGES", value_enum)]
+    pub huge_pages: Option<HugePages>,
     /// Folder of the disk tier; without it there is none.
     #[arg(long, env = "COLLOQUY_DISK_DIR")]
     pub disk_dir: Option<PathBuf>,
@@ -102,6 +106,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Whole pages.
     pub host_bytes: u64,
+    /// See [`Flags::huge_pages`].
+    pub huge_pages: Option<HugePages>,
     /// See [`Flags::disk_dir`].
     pub disk_dir: Option<PathBuf>,
     /// See [`Flags::disk_bytes`].
@@ -181,7 +187,8 @@ impl TryFrom<Flags> for Config {
 
     fn try_from(flags: Flags) -> Result<Self, ConfigError> {
         let min = kv_protocol::layout::FRAME_TABLE_AT + (64 << 10); // Some frame of some model.
-        let host_bytes = flags.host_bytes / 4096 * 4096;
+        let page_bytes = flags.huge_pages.map_or(4096, HugePages::bytes);
+        let host_bytes = flags.host_bytes / page_bytes * page_bytes;
         if !(min..=HOST_BYTES_MAX).contains(&host_bytes) {
             let (flag, value, max) = ("--host-bytes", flags.host_bytes, HOST_BYTES_MAX);
             return Err(ConfigError::Size { flag, value, min, max });
@@ -208,6 +215,7 @@ impl TryFrom<Flags> for Config {
             admin_socket: flags.admin_socket.unwrap_or_else(beside),
             socket: flags.socket,
             host_bytes,
+            huge_pages: flags.huge_pages,
             disk_dir: flags.disk_dir,
             disk_bytes: flags.disk_bytes,
             disk_engine: flags.disk_engine,

@@ -260,6 +260,9 @@ impl Daemon {
         if settling && self.store.transfers.disk_state == DiskState::Ready {
             self.hint_all(); // Their tails may be known now.
         }
+        if let Some(host) = &mut self.store.host {
+            host.serve_up_to(self.view.faulted_bytes().load(Ordering::Relaxed));
+        }
         let queue_changed = std::mem::take(&mut self.queue_changed);
         let failed = self.store.begin_moves(queue_changed, now_ms);
         for arrival in failed {

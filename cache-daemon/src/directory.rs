@@ -337,6 +337,13 @@ impl Directory {
         self.at_mut(self.node_of(key)?)
     }
 
+    /// The block that another follows, if it is known.
+    pub fn parent(&self, id: EntryId) -> Option<(&BlockKey, &Block)> {
+        let parent = self.nodes.get(id.index())?.parent;
+        let block = self.at(parent)?;
+        Some((self.key(parent), block))
+    }
+
     /// Name of a block; still there for those that have left since the last `take_changed`.
     pub fn key(&self, id: EntryId) -> &BlockKey {
         &self.nodes[id.index()].key

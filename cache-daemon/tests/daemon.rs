@@ -172,6 +172,67 @@ fn sealed_blocks_survive_a_killed_supervisor_on(engine: &str) {
     assert_eq!(driver.load(&tokens).unwrap().disk, 12);
 }
 
+/// One strided copy a layer takes neighbours to the device.
+#[test]
+fn a_conversations_blocks_lie_in_neighbouring_frames_saved_or_promoted() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens = conversation(1, 16 * 12);
+    let neighbours = |driver: &mut Driver| {
+        let sequence = driver.enqueue(&tokens, 0);
+        let (blocks, _) = driver.pin(sequence).unwrap();
+        let frames: Vec<u32> = blocks.iter().map(|block| block.frame.frame().0).collect();
+        assert_eq!(frames.len(), 12);
+        frames.windows(2).filter(|pair| pair[1] == pair[0] + 1).count()
+    };
+    {
+        let daemon = start(dir.path(), 64, &[]);
+        let mut driver = Driver::attach(&daemon.socket, geometry());
+        driver.save(&tokens).unwrap();
+        assert_eq!(neighbours(&mut driver), 11);
+        until("all is written", || (daemon.status_u64("/blocks/disk") == 12).then_some(()));
+    }
+    let daemon = start(dir.path(), 64, &[]);
+    let mut driver = Driver::attach(&daemon.socket, geometry());
+    until("the index is read", || (daemon.status_u64("/blocks/disk") == 12).then_some(()));
+    assert_eq!(neighbours(&mut driver), 11);
+}
+
+/// Needs a pool of huge pages, which root can make: eight of 2 MiB.
+#[test]
+fn a_region_of_huge_pages_serves_like_another_and_without_a_pool_says_what_is_missing() {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let pages = || std::fs::read_to_string(POOL).ok()?.trim().parse::<u64>().ok();
+    let before = pages().unwrap_or(0);
+    let made = before >= 8 || std::fs::write(POOL, "8").is_ok() && pages() == Some(8);
+    if !made {
+        assert!(std::env::var_os("CI").is_none(), "no huge pages can be had here");
+        eprintln!("skipped: no huge pages can be had here");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let flags = ["--huge-pages=2MiB"];
+        let daemon = Daemon::start(Path::new(BINARY), dir.path(), 12 << 20, &flags);
+        let mut driver = Driver::attach(&daemon.socket, geometry());
+        let tokens = conversation(1, 16 * 5 + 7);
+        assert_eq!(driver.save(&tokens).unwrap(), [CommitOutcome::Stored; 6]);
+        assert_eq!(driver.load(&tokens).unwrap().host, 6);
+        until("all is faulted", || (daemon.status_u64("/faulted_bytes") == 12 << 20).then_some(()));
+    }
+    let output = std::process::Command::new(BINARY)
+        .args(["supervise", "--host-bytes=1TiB", "--huge-pages=2MiB"])
+        .arg(format!("--socket={}", dir.path().join("other.sock").display()))
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(71), "{words}");
+    assert!(words.contains("hugepages"), "{words}");
+    if before < 8 {
+        std::fs::write(POOL, before.to_string()).unwrap();
+    }
+}
+
 #[test]
 fn host_frames_survive_the_whole_sidecar_while_a_runtime_lives() {
     let dir = tempfile::tempdir().unwrap();
@@ -288,7 +349,7 @@ fn a_peer_that_writes_nonsense_is_detached_and_the_others_go_on() {
     assert_eq!(refusal, Err(kv_protocol::handshake::Refusal::Version));
 
     // A right hello, then garbage in the ring: named, counted, detached.
-    let region = region_of(&daemon);
+    let region = daemon.region();
     for garbage in [0u64, 9, 2, 4, 5, 6] {
         let before = protocol_errors(&daemon);
         let mut peer = UnixStream::connect(&daemon.socket).unwrap();
@@ -325,17 +386,6 @@ fn protocol_errors(daemon: &Daemon) -> u64 {
     line.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
-/// The region, by way of the supervisor's descriptor.
-fn region_of(daemon: &Daemon) -> kv_protocol::table::RegionView {
-    let fds = format!("/proc/{}/fd", daemon.supervisor_pid());
-    let memfd = std::fs::read_dir(fds).unwrap().flatten().find(|entry| {
-        let target = std::fs::read_link(entry.path()).unwrap_or_default();
-        target.to_string_lossy().contains("memfd:colloquy-kv")
-    });
-    let file = std::fs::File::options().read(true).write(true).open(memfd.unwrap().path()).unwrap();
-    kv_protocol::table::RegionView::new(cache_daemon::shm::map::map(&file.into()).unwrap())
-}
-
 #[test]
 fn a_corrupt_frame_is_not_written_to_disk_and_a_corrupt_header_is_not_adopted() {
     let dir = tempfile::tempdir().unwrap();
@@ -343,7 +393,7 @@ fn a_corrupt_frame_is_not_written_to_disk_and_a_corrupt_header_is_not_adopted() 
     let mut driver = Driver::attach(&daemon.socket, geometry());
     let tokens = conversation(1, 7); // A tail: it stays in its frame.
     driver.save(&tokens).unwrap();
-    let region = region_of(&daemon);
+    let region = daemon.region();
     let table = region.table().unwrap();
     let frame = table.frames().find(|frame| {
         table.state(*frame).is_ok_and(|word| word.state == kv_protocol::FrameState::Ready)

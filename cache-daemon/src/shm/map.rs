@@ -27,6 +27,17 @@ pub enum MapError {
         /// Why.
         source: std::io::Error,
     },
+    /// The pool has not as many.
+    #[error(
+        "there are no {pages} free huge pages of {page_bytes} bytes: set them aside (vm.nr_hugepages; for a \
+         pod, hugepages-2Mi in its limits), or leave out --huge-pages"
+    )]
+    HugePages {
+        /// Needed.
+        pages: u64,
+        /// Of one.
+        page_bytes: u64,
+    },
     /// The descriptor could be cut short under us.
     #[error("the region's descriptor is not sealed against shrinking and growing")]
     Unsealed,
@@ -35,13 +46,52 @@ pub enum MapError {
     Region(#[from] RegionError),
 }
 
-/// Makes the region: sized, sealed, nothing faulted yet.
-pub fn create(bytes: u64) -> Result<OwnedFd, MapError> {
+/// Pages of the system's pool that the region is made of, where asked: fewer misses of the translation
+/// buffer, and a pool that must have been set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum HugePages {
+    /// Of 2 MiB.
+    #[value(name = "2MiB")]
+    Two,
+    /// Of 1 GiB.
+    #[value(name = "1GiB")]
+    Giga,
+}
+
+impl HugePages {
+    /// Of one.
+    pub fn bytes(self) -> u64 {
+        match self {
+            HugePages::Two => 2 << 20,
+            HugePages::Giga => 1 << 30,
+        }
+    }
+
+    fn flags(self) -> MemfdFlags {
+        MemfdFlags::HUGETLB
+            | match self {
+                HugePages::Two => MemfdFlags::HUGE_2MB,
+                HugePages::Giga => MemfdFlags::HUGE_1GB,
+            }
+    }
+}
+
+/// Makes the region: sized, sealed, nothing faulted yet. `bytes` are whole pages of that size.
+pub fn create(bytes: u64, huge: Option<HugePages>) -> Result<OwnedFd, MapError> {
     let error = |what, errno: rustix::io::Errno| MapError::Io { what, bytes, source: errno.into() };
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let page_flags = huge.map_or(MemfdFlags::empty(), HugePages::flags);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | page_flags;
     let memfd =
         rustix::fs::memfd_create("colloquy-kv", flags).map_err(|errno| error("creating", errno))?;
     rustix::fs::ftruncate(&memfd, bytes).map_err(|errno| error("sizing", errno))?;
+    if let Some(huge) = huge {
+        // A mapping reserves all pages, for as long as the file lives. What is missing shows here, in a
+        // sentence, and not in a worker that dies again and again.
+        let page_bytes = huge.bytes();
+        memmap2::MmapOptions::new()
+            .map_raw(&memfd)
+            .map_err(|_| MapError::HugePages { pages: bytes / page_bytes, page_bytes })?;
+    }
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|errno| error("sealing", errno))?;
     Ok(memfd)
@@ -98,14 +148,14 @@ mod tests {
 
     #[test]
     fn a_region_cannot_be_cut_short() {
-        let memfd = create(BYTES).unwrap();
+        let memfd = create(BYTES, None).unwrap();
         assert!(rustix::fs::ftruncate(&memfd, 4096).is_err());
         assert!(rustix::fs::ftruncate(&memfd, 2 * BYTES).is_err());
     }
 
     #[test]
     fn two_maps_see_the_same_bytes() {
-        let memfd = create(BYTES).unwrap();
+        let memfd = create(BYTES, None).unwrap();
         fault_extent(&memfd, 0, BYTES).unwrap();
         let (ours, theirs) = (map(&memfd).unwrap(), map(&memfd).unwrap());
         ours.copy_in(4096, b"colloquy");

@@ -6,14 +6,17 @@
 //! - A frame with pins is `Pinned`; one without is not. A worker that dies between the two writes leaves
 //!   a difference that [`HostTier::adopt`] repairs.
 //! - A frame whose block is forgotten while it is pinned or held is an *orphan*: free when let go.
-
-use std::collections::VecDeque;
+//! - A free frame is given only when its pages are there ([`HostTier::serve_up_to`]): they are charged to the
+//!   daemon's container, and whoever fills it does not wait for the kernel.
 
 use kv_protocol::frame::{FrameError, Owner};
+use kv_protocol::layout::ATTACHMENTS_MAX;
 use kv_protocol::message::FrameHandle;
 use kv_protocol::sync::Ordering;
 use kv_protocol::table::FrameTable;
 use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex, FrameState};
+
+use super::free_frames::FreeFrames;
 
 /// Low watermark: one frame in this many is kept free, ahead of demand.
 const FREE_SHARE_LOW: u32 = 16;
@@ -70,7 +73,7 @@ struct Info {
 /// Frames by state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct FrameCounts {
-    /// Empty.
+    /// Empty, its pages faulted.
     pub free: u32,
     /// Granted.
     pub filling: u32,
@@ -85,7 +88,11 @@ pub struct FrameCounts {
 pub struct HostTier {
     table: FrameTable,
     info: Vec<Info>,
-    free: VecDeque<FrameIndex>,
+    free: FreeFrames,
+    /// Frames from here on have no pages yet; a block may be in one all the same, if its filler faulted it.
+    served: u32,
+    /// The frame that each attachment was granted last: the next one lies behind it.
+    granted_last: [Option<FrameIndex>; ATTACHMENTS_MAX],
     counts: FrameCounts,
     changed: Vec<BlockKey>,
 }
@@ -101,12 +108,20 @@ pub struct Adopted {
 
 impl HostTier {
     /// Over a region that was just formatted, or that an earlier worker left: frames are repaired, blocks
-    /// are returned for the directory. Second: frames whose header was not to be trusted.
+    /// are returned for the directory. Second: frames whose header was not to be trusted. No free frame is
+    /// given before [`HostTier::serve_up_to`].
     pub fn adopt(table: FrameTable) -> (Self, Vec<Adopted>, u32) {
         let count = table.layout().frame_count();
         let info = vec![Info::default(); count as usize];
-        let (free, counts) = (VecDeque::new(), FrameCounts::default());
-        let mut host = Self { table, info, free, counts, changed: Vec::new() };
+        let mut host = Self {
+            table,
+            info,
+            free: FreeFrames::default(),
+            served: 0,
+            granted_last: [None; ATTACHMENTS_MAX],
+            counts: FrameCounts::default(),
+            changed: Vec::new(),
+        };
         let (mut adopted, mut corrupt) = (Vec::new(), 0);
         for frame in host.table.frames() {
             match host.adopt_frame(frame) {
@@ -163,14 +178,27 @@ impl HostTier {
         self.counts = FrameCounts::default();
         for frame in self.table.frames() {
             match self.table.state(frame).map(|word| word.state) {
-                Ok(FrameState::Free) => {
-                    self.counts.free += 1;
-                    self.free.push_back(frame);
-                }
                 Ok(FrameState::Filling) => self.counts.filling += 1,
                 Ok(FrameState::Ready) => self.counts.ready += 1,
                 Ok(FrameState::Pinned) => self.counts.pinned += 1,
-                Err(_) => {} // Lost until the next adopt.
+                // Free ones are counted when their pages are there; what cannot be read is lost until the
+                // next adopt.
+                Ok(FrameState::Free) | Err(_) => {}
+            }
+        }
+    }
+
+    /// The region's pages are there up to `bytes`: free frames below may be given.
+    pub fn serve_up_to(&mut self, bytes: u64) {
+        let layout = *self.table.layout();
+        while self.served < layout.frame_count()
+            && layout.frame(FrameIndex(self.served)) + layout.geometry().payload_bytes() <= bytes
+        {
+            let frame = FrameIndex(self.served);
+            self.served += 1;
+            if matches!(self.table.state(frame), Ok(word) if word.state == FrameState::Free) {
+                self.counts.free += 1;
+                self.free.give_back(frame);
             }
         }
     }
@@ -212,8 +240,10 @@ impl HostTier {
     ) -> Result<FrameHandle, FrameError> {
         let from = self.table.state(frame)?.state;
         let word = self.table.change(frame, to, owner)?;
-        *self.count_mut(from) -= 1;
-        *self.count_mut(to) += 1;
+        let is_served = |state| state != FrameState::Free || frame.0 < self.served;
+        let (leaves, enters) = (is_served(from), is_served(to));
+        *self.count_mut(from) -= u32::from(leaves);
+        *self.count_mut(to) += u32::from(enters);
         self.note(frame);
         Ok(FrameHandle { frame, generation: word.generation })
     }
@@ -227,10 +257,22 @@ impl HostTier {
         std::mem::take(&mut self.changed)
     }
 
-    /// Takes a free frame for somebody to fill.
-    pub fn grant(&mut self, owner: Owner) -> Option<FrameHandle> {
+    /// Takes a free frame for an attachment to fill: behind the one before it, where that is free.
+    pub fn grant(&mut self, id: AttachmentId) -> Option<FrameHandle> {
+        let after = self.granted_last[id.index()];
+        let handle = self.take(after, Owner::Attachment(id.code()))?;
+        self.granted_last[id.index()] = Some(handle.frame);
+        Some(handle)
+    }
+
+    /// Takes a free frame for ourselves to fill: behind `after`, where that is free.
+    pub fn grant_behind(&mut self, after: Option<FrameIndex>) -> Option<FrameHandle> {
+        self.take(after, Owner::Daemon)
+    }
+
+    fn take(&mut self, after: Option<FrameIndex>, owner: Owner) -> Option<FrameHandle> {
         loop {
-            let frame = self.free.pop_front()?;
+            let frame = self.free.take(after)?;
             match self.change(frame, FrameState::Filling, owner) {
                 Ok(handle) => return Some(handle),
                 // A peer wrote the word: the frame is lost until a restart, the others are not.
@@ -276,7 +318,8 @@ impl HostTier {
     pub fn free(&mut self, frame: FrameIndex) {
         self.info[frame.0 as usize].block = None;
         match self.change(frame, FrameState::Free, Owner::Daemon) {
-            Ok(_) => self.free.push_back(frame),
+            Ok(_) if frame.0 < self.served => self.free.give_back(frame),
+            Ok(_) => {} // Given when its pages are there.
             Err(error) => tracing::error!(frame = frame.0, %error, "frame lost"),
         }
     }
@@ -394,7 +437,13 @@ mod tests {
         let view = RegionView::new(Region::heap(6 << 20));
         let geometry = Geometry::new(4, 2, 1, 4, Dtype::F16, LayerSet::all(2)).unwrap();
         let table = view.format(geometry).unwrap();
-        (view, HostTier::adopt(table).0)
+        (view.clone(), adopt(&view, table).0)
+    }
+
+    fn adopt(view: &RegionView, table: FrameTable) -> (HostTier, Vec<Adopted>, u32) {
+        let (mut host, adopted, corrupt) = HostTier::adopt(table);
+        host.serve_up_to(view.region().bytes());
+        (host, adopted, corrupt)
     }
 
     fn id(index: u32) -> AttachmentId {
@@ -405,7 +454,7 @@ mod tests {
     fn counts_follow_the_states() {
         let (_, mut host) = host();
         let all = host.counts().free;
-        let handle = host.grant(Owner::Daemon).unwrap();
+        let handle = host.grant_behind(None).unwrap();
         assert_eq!((host.counts().free, host.counts().filling), (all - 1, 1));
         host.publish(handle.frame, BlockKey([1; 32])).unwrap();
         host.pin(handle.frame, id(0)).unwrap();
@@ -418,9 +467,37 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_is_given_when_its_pages_are_there() {
+        let (view, _) = host();
+        let table = view.table().unwrap();
+        let layout = *table.layout();
+        let (mut host, _, _) = HostTier::adopt(table);
+        assert!(host.grant(id(0)).is_none());
+        host.serve_up_to(layout.frame(FrameIndex(2))); // Two frames end before it.
+        assert_eq!(host.counts().free, 2);
+        let first = host.grant(id(0)).unwrap();
+        assert!(host.grant(id(0)).is_some());
+        assert!(host.grant(id(0)).is_none());
+        host.free(first.frame);
+        assert_eq!(host.counts().free, 1);
+        host.serve_up_to(view.region().bytes());
+        assert_eq!(host.counts().free, layout.frame_count() - 1);
+    }
+
+    #[test]
+    fn an_attachments_frames_are_neighbours() {
+        let (_, mut host) = host();
+        let first = host.grant(id(0)).unwrap().frame;
+        let other = host.grant(id(1)).unwrap().frame;
+        let second = host.grant(id(0)).unwrap().frame;
+        assert_eq!(second.0, first.0 + 1);
+        assert_eq!(host.grant_behind(Some(other)).unwrap().frame.0, other.0 + 1);
+    }
+
+    #[test]
     fn evicting_a_pinned_or_held_frame_is_refused() {
         let (_, mut host) = host();
-        let handle = host.grant(Owner::Daemon).unwrap();
+        let handle = host.grant_behind(None).unwrap();
         host.publish(handle.frame, BlockKey([1; 32])).unwrap();
         assert!(host.is_evictable(handle.frame));
         host.hold(handle.frame);
@@ -434,7 +511,7 @@ mod tests {
     fn a_forgotten_block_keeps_its_frame_until_the_last_pin() {
         let (_, mut host) = host();
         let all = host.counts().free;
-        let handle = host.grant(Owner::Daemon).unwrap();
+        let handle = host.grant_behind(None).unwrap();
         host.publish(handle.frame, BlockKey([1; 32])).unwrap();
         host.pin(handle.frame, id(0)).unwrap();
         host.disown(handle.frame);
@@ -446,7 +523,7 @@ mod tests {
     #[test]
     fn one_attachment_cannot_unpin_for_another_or_commit_anothers_frame() {
         let (_, mut host) = host();
-        let handle = host.grant(Owner::Attachment(0)).unwrap();
+        let handle = host.grant(id(0)).unwrap();
         assert!(host.check_filling(handle, id(1)).is_err());
         host.publish(handle.frame, BlockKey([1; 32])).unwrap();
         host.pin(handle.frame, id(0)).unwrap();
@@ -459,8 +536,8 @@ mod tests {
     fn reclaiming_takes_back_pins_and_fillings_of_one_attachment_only() {
         let (_, mut host) = host();
         let all = host.counts().free;
-        host.grant(Owner::Attachment(0)).unwrap();
-        host.grant(Owner::Attachment(1)).unwrap();
+        host.grant(id(0)).unwrap();
+        host.grant(id(1)).unwrap();
         host.reclaim(id(0));
         assert_eq!((host.counts().free, host.counts().filling), (all - 1, 1));
     }
@@ -468,13 +545,13 @@ mod tests {
     #[test]
     fn a_restart_repairs_what_a_death_between_two_writes_left() {
         let (view, mut host) = host();
-        let handle = host.grant(Owner::Daemon).unwrap();
+        let handle = host.grant_behind(None).unwrap();
         host.publish(handle.frame, BlockKey([1; 32])).unwrap();
         // Died after the count, before the state.
         host.table().pins(handle.frame, id(0)).store(1, Ordering::Relaxed);
-        let promote = host.grant(Owner::Daemon).unwrap();
-        let filling = host.grant(Owner::Attachment(0)).unwrap();
-        let (host, adopted, _) = HostTier::adopt(view.table().unwrap());
+        let promote = host.grant_behind(None).unwrap();
+        let filling = host.grant(id(0)).unwrap();
+        let (host, adopted, _) = adopt(&view, view.table().unwrap());
         assert!(adopted.is_empty()); // The header was never written.
         let state = |frame| host.table().state(frame).unwrap().state;
         assert_eq!(state(handle.frame), FrameState::Pinned);
@@ -486,7 +563,7 @@ mod tests {
     fn a_torn_frame_word_costs_a_frame_not_the_worker() {
         let (view, host) = host();
         host.table().word(FrameIndex(0)).store(0xdead_beef_dead_beef, Ordering::Relaxed);
-        let (host, _, corrupt) = HostTier::adopt(view.table().unwrap());
+        let (host, _, corrupt) = adopt(&view, view.table().unwrap());
         assert_eq!(corrupt, 1);
         assert_eq!(host.counts().free, host.table().layout().frame_count());
     }
@@ -523,7 +600,7 @@ mod tests {
             let (view, mut host) = host();
             let mut headers = Vec::new();
             for number in 0..8 {
-                let handle = host.grant(Owner::Daemon).unwrap();
+                let handle = host.grant_behind(None).unwrap();
                 headers.push((handle.frame, header(number, handle)));
                 host.table().write_header(handle.frame, &headers[number as usize].1);
                 host.publish(handle.frame, headers[number as usize].1.key).unwrap();
@@ -544,7 +621,7 @@ mod tests {
                     view.region().copy_in(at, &[byte[0] ^ 1 << random(8)]);
                 }
             }
-            let (host, adopted, _) = HostTier::adopt(view.table().unwrap());
+            let (host, adopted, _) = adopt(&view, view.table().unwrap());
             for block in &adopted {
                 assert!(headers.contains(&(block.frame, block.header.clone())));
             }

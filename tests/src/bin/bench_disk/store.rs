@@ -46,7 +46,7 @@ impl Blocks {
             + BlockHeader::bytes(&geometry) as u64
             + geometry.frame_bytes();
         let region_bytes = layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame_bytes;
-        let memfd = map::create(region_bytes)?;
+        let memfd = map::create(region_bytes, None)?;
         map::fault_extent(&memfd, 0, region_bytes)?;
         let table = RegionView::new(map::map(&memfd)?).format(geometry)?;
         let mut frames: Vec<Span> = table.frames().map(|frame| table.payload(frame)).collect();
