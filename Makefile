@@ -12,7 +12,7 @@ CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
 
 .DEFAULT_GOAL := help
-.PHONY: help fuzz demo demo-local demo-down test build cluster-up cluster-down generate golden crash crash-daemon bench-runtime bench-disk bench-hints bench-hit-rate bench-index fmt weights tools prepare
+.PHONY: help fuzz soak demo demo-local demo-down test build cluster-up cluster-down generate golden crash crash-daemon bench-runtime bench-disk bench-hints bench-hit-rate bench-index fmt weights tools prepare
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong 
 
 crash-daemon: build ## Kill the cache daemon 1,000 times in saves, loads, promotes, slot and index writes; no wrong byte
 	@COLLOQUY_CRASH_KILLS=200 cargo test --profile ci --workspace --test crash --test migration -- cost_no_wrong_byte --nocapture
+
+soak: build ## The daemon under mixed work for half an hour (TURNS=600000); its memory stays what it was
+	@COLLOQUY_SOAK_TURNS=$(or $(TURNS),600000) cargo test --profile ci --workspace --test soak -- --nocapture
 
 fuzz: prepare ## Spoilt and random bytes for every parser, many more than the tests give (CASES=20000)
 	@PROPTEST_CASES=$(or $(CASES),20000) cargo test --profile ci --workspace --lib -- panic flipped spoilt any_bytes comes_back

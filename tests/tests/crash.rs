@@ -264,7 +264,7 @@ fn kill_many(
         .and_then(|kills| kills.parse().ok())
         .unwrap_or(peer.kills());
     let daemon = &scene.daemon;
-    let view = region_of(daemon);
+    let view = daemon.region();
     let table = until("the region is formatted", || view.table().ok());
     let mut inside = 0;
     for kill_number in 0..kills {
@@ -328,24 +328,6 @@ fn is_in(stat: &str, states: &str) -> bool {
     let Ok(stat) = std::fs::read_to_string(stat) else { return true };
     let state = stat.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next());
     state.is_some_and(|state| states.contains(state))
-}
-
-/// The region, by way of the supervisor's descriptor.
-fn region_of(daemon: &Daemon) -> RegionView {
-    let fds = format!("/proc/{}/fd", daemon.supervisor_pid());
-    let is_region = |path: &Path| {
-        let target = std::fs::read_link(path).unwrap_or_default();
-        target.to_string_lossy().contains("memfd:colloquy-kv")
-    };
-    let path = std::fs::read_dir(fds)
-        .expect("our own child's descriptors")
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| is_region(path))
-        .expect("the supervisor holds the region");
-    let file = std::fs::File::options().read(true).write(true).open(path).expect("our own user's");
-    let region = cache_daemon::shm::map::map(&file.into()).expect("a sealed region");
-    RegionView::new(region)
 }
 
 /// SmolLM2's file, if that model is asked for.

@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::message::CommitOutcome;
+use kv_protocol::table::RegionView;
 use kv_protocol::{BlockKey, ConversationId, Dtype, Fingerprint, Geometry, Record, RootKey};
 use runtime::batch::FrameBytes;
 use runtime::cache_client::{
-    Accept, CacheClient, CacheConfig, CacheEvent, CachedBlock, Doorbell, Hint, MissReason,
-    NewBlock, NumericsTag, Query, SequenceTag, Tier, Variant,
+    Accept, CacheClient, CacheConfig, CacheEvent, CachedBlock, Doorbell, FreeFrame, Hint,
+    MissReason, NewBlock, NumericsTag, Query, SequenceTag, Tier, Variant,
 };
 
 /// A test that waits longer than this hangs: it fails. Results never depend on it.
@@ -121,6 +122,24 @@ impl Daemon {
         until("the worker is gone", || (self.worker_pid() != Some(pid)).then_some(()));
     }
 
+    /// The region, by way of the supervisor's descriptor.
+    pub fn region(&self) -> RegionView {
+        let fds = format!("/proc/{}/fd", self.supervisor_pid());
+        let is_region = |path: &PathBuf| {
+            let target = std::fs::read_link(path).unwrap_or_default();
+            target.to_string_lossy().contains("memfd:colloquy-kv")
+        };
+        let path = std::fs::read_dir(fds)
+            .expect("our own child's descriptors")
+            .flatten()
+            .map(|entry| entry.path())
+            .find(is_region)
+            .expect("the supervisor holds the region");
+        let file = std::fs::File::options().read(true).write(true).open(path);
+        let memfd = file.expect("our own user's").into();
+        RegionView::new(cache_daemon::shm::map::map(&memfd).expect("a sealed region"))
+    }
+
     /// SIGTERM, and the exit code.
     pub fn stop(mut self) -> Option<i32> {
         kill(self.supervisor.id() as i32, rustix::process::Signal::TERM);
@@ -222,7 +241,7 @@ pub struct Driver {
     pub client: CacheClient,
     doorbell: Doorbell,
     geometry: Geometry,
-    root: RootKey,
+    pub root: RootKey,
     next_sequence: u64,
 }
 
@@ -339,25 +358,10 @@ impl Driver {
                 }
                 assert!(begin.elapsed() < PATIENCE, "waited in vain for a free frame");
             };
-            let key = BlockKey::child(&parent, block);
-            let bytes = payload(&key, &self.geometry);
-            let rows: Vec<&[u8]> = bytes.chunks(self.geometry.row_bytes() as usize).collect();
-            for (row, bytes) in rows.iter().enumerate() {
-                frame.bytes().write(row * bytes.len(), bytes);
-                pause(row);
-            }
-            let checksums = rows.iter().map(|row| crc32c::crc32c(row)).collect();
-            let block = NewBlock {
-                root: self.root,
-                parent,
-                tokens: block.to_vec(),
-                variant: Variant::Exact,
-                numerics: NumericsTag::of(NUMERICS),
-                checksums,
-            };
+            let block = self.fill(&frame, parent, block, &mut pause);
+            parent = BlockKey::child(&block.parent, &block.tokens);
             self.client.commit(frame, block).map_err(|_| Detached)?;
             open += 1;
-            parent = key;
         }
         while open > 0 {
             if let CacheEvent::Committed { outcome, .. } = self.next_event()? {
@@ -366,6 +370,30 @@ impl Driver {
             }
         }
         Ok(outcomes)
+    }
+
+    /// Writes the bytes that a block must have into a frame; `pause` is called between its rows.
+    pub fn fill(
+        &self,
+        frame: &FreeFrame,
+        parent: BlockKey,
+        tokens: &[u32],
+        mut pause: impl FnMut(usize),
+    ) -> NewBlock {
+        let bytes = payload(&BlockKey::child(&parent, tokens), &self.geometry);
+        let rows: Vec<&[u8]> = bytes.chunks(self.geometry.row_bytes() as usize).collect();
+        for (row, bytes) in rows.iter().enumerate() {
+            frame.bytes().write(row * bytes.len(), bytes);
+            pause(row);
+        }
+        NewBlock {
+            root: self.root,
+            parent,
+            tokens: tokens.to_vec(),
+            variant: Variant::Exact,
+            numerics: NumericsTag::of(NUMERICS),
+            checksums: rows.iter().map(|row| crc32c::crc32c(row)).collect(),
+        }
     }
 
     /// Tells the daemon that a conversation's turn will come.
@@ -448,12 +476,18 @@ impl Driver {
 
     /// The block's bytes, by its checksums and by its key.
     pub fn check_bytes(&self, tokens: &[u32], block: &CachedBlock) {
+        assert!(self.are_as_stored(tokens, block), "wrong checksum in block {}", block.index);
+    }
+
+    /// Whether the block's checksums say that its bytes are those that were stored. Panics where they say so
+    /// and the bytes are not those that its key gives.
+    pub fn are_as_stored(&self, tokens: &[u32], block: &CachedBlock) -> bool {
         let tokens_per_block = usize::from(self.geometry.tokens_per_block());
         let mut bytes = vec![0; self.geometry.payload_bytes() as usize];
         block.frame.read(0, &mut bytes);
         let rows = bytes.chunks(self.geometry.row_bytes() as usize);
-        for (row, crc) in rows.zip(block.checksums.iter()) {
-            assert_eq!(crc32c::crc32c(row), *crc, "wrong checksum in block {}", block.index);
+        if rows.zip(block.checksums.iter()).any(|(row, crc)| crc32c::crc32c(row) != *crc) {
+            return false;
         }
         // A block whose tokens are all ours has the bytes that its key gives.
         let start = block.index as usize * tokens_per_block;
@@ -467,6 +501,12 @@ impl Driver {
         if block.tokens as usize == tokens_per_block {
             assert!(bytes == payload(&key, &self.geometry), "wrong bytes in block {}", block.index);
         }
+        true
+    }
+
+    /// Waits until something may have happened.
+    pub fn rest(&self, longest: Duration) {
+        self.doorbell.wait(longest);
     }
 }
 
