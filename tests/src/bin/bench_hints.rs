@@ -1,11 +1,12 @@
 //! `make bench-hints`: what the cache costs an engine step, as `figure NAME VALUE UNIT` lines.
 //!
 //! A real daemon, the runtime's cache client, and as many busy threads as there are cores. The engine's
-//! stand-in makes [`STEPS_PER_SECOND`] steps a second and [`HINTS_PER_STEP`] hints in each: one turn is
-//! enqueued (its keys go into the arena), the turns before it move up a place, one is looked up and pinned,
-//! and those whose answers have come end. The time of these calls is what a step gets longer; beside it
-//! stands an idle step as long, which tells what the machine's own scheduler does to either. Raw
-//! quantiles: `bench/results/hints.json`.
+//! stand-in makes [`STEPS_PER_SECOND`] steps a second and [`HINTS_PER_STEP`] hints in each. Whenever a turn
+//! starts (it is looked up and pinned, and ends when its answer has come) another is enqueued (its keys go
+//! into the arena), and all that wait move up a place and are hinted again. Two loads: 50 turns a second
+//! out of a queue of 200, a busy replica's, and 1,000 a second out of a queue of ten, many times what one
+//! serves. The time of the calls of a step is what it gets longer; beside it stands an idle step as long,
+//! which tells what the machine's own scheduler does to either. Raw quantiles: `bench/results/hints.json`.
 
 #![forbid(unsafe_code)]
 
@@ -31,7 +32,7 @@ use serde_json::json;
 const STEPS_PER_SECOND: u32 = 1_000;
 /// With the one at enqueue: 10,000 hints a second.
 const HINTS_PER_STEP: usize = 10;
-/// Half a minute.
+/// Half a minute of each load.
 const STEPS: usize = 30_000;
 /// Conversations that take turns; all fit into host memory.
 const CONVERSATIONS: u32 = 200;
@@ -44,6 +45,18 @@ const IDLE_STEP: Duration = Duration::from_micros(5);
 const CREDITS: usize = 200_000;
 /// Waits for the daemon end in an error after this.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often a turn starts, and how many wait. Their product is the rate of hints.
+#[derive(Debug, Clone, Copy)]
+struct Load {
+    steps_per_turn: usize,
+    queue: usize,
+}
+
+const BUSY: Load = Load { steps_per_turn: 20, queue: 200 };
+const DENSE: Load = Load { steps_per_turn: 1, queue: 10 };
+const _: () = assert!(BUSY.queue == HINTS_PER_STEP * BUSY.steps_per_turn);
+const _: () = assert!(DENSE.queue == HINTS_PER_STEP * DENSE.steps_per_turn);
 
 struct Daemon(Child);
 
@@ -143,22 +156,47 @@ impl Engine {
     }
 }
 
-/// Steps with their hints, one lookup and one end each; microseconds that each step got longer.
-fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<Steps> {
+/// Steps with their hints; microseconds that each got longer.
+fn steps(
+    engine: &mut Engine,
+    conversations: &[Arc<[u32]>],
+    load: Load,
+    tags: &mut impl Iterator<Item = u64>,
+) -> anyhow::Result<Steps> {
     let mut result = Steps::default();
     // Turns that wait, the next one first; and those that were looked up.
     let mut queue: VecDeque<SequenceTag> = VecDeque::new();
     let mut looked_up: HashMap<SequenceTag, Instant> = HashMap::new();
+    let mut conversations = conversations.iter().cycle();
+    let mut next = || -> anyhow::Result<(SequenceTag, &Arc<[u32]>)> {
+        let tokens = conversations.next().context("there are conversations")?;
+        Ok((SequenceTag(tags.next().context("tags do not end")?), tokens))
+    };
+    for place in 0..load.queue - 1 {
+        let (sequence, tokens) = next()?;
+        let query = engine.query(tokens);
+        let hint = Hint::Queued { place: place as u32, start_in_ms: place as u32 };
+        engine.client.enqueue(sequence, query, hint);
+        queue.push_back(sequence);
+        std::thread::sleep(Duration::from_millis(1)); // The arena empties meanwhile.
+    }
+    // The place up to which the waiting turns have been told that they moved up.
+    let mut told = 0;
     let begin = Instant::now();
     for number in 0..STEPS {
         let due = Duration::from_secs(1) / STEPS_PER_SECOND * number as u32;
         while begin.elapsed() < due {
             std::hint::spin_loop(); // The step's compute.
         }
-        let tokens = &conversations[number % conversations.len()];
-        let hashing = Instant::now();
-        let query = engine.query(tokens);
-        result.hashing_us.push(hashing.elapsed().as_secs_f64() * 1e6);
+        let starting = if number % load.steps_per_turn == 0 {
+            let (sequence, tokens) = next()?;
+            let hashing = Instant::now();
+            let query = engine.query(tokens);
+            result.hashing_us.push(hashing.elapsed().as_secs_f64() * 1e6);
+            Some((sequence, query))
+        } else {
+            None
+        };
 
         let step = Instant::now();
         while let Some(event) = engine.client.poll() {
@@ -173,20 +211,25 @@ fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<St
         }
         result.poll_us.push(step.elapsed().as_secs_f64() * 1e6);
         // Whose answer has not come keeps its place: it has not begun.
-        let first = looked_up.len() as u32;
-        for (place, sequence) in (first..).zip(queue.iter().take(HINTS_PER_STEP - 1)) {
-            engine.client.hint(*sequence, Hint::Queued { place, start_in_ms: place });
-        }
-        let sequence = SequenceTag(1 + number as u64);
-        let place = first + queue.len() as u32;
-        engine.client.enqueue(sequence, query, Hint::Queued { place, start_in_ms: place });
-        queue.push_back(sequence);
-        if queue.len() >= HINTS_PER_STEP
-            && let Some(next) = queue.pop_front()
-        {
+        let first = looked_up.len();
+        let hint = |place: usize| Hint::Queued {
+            place: (first + place) as u32,
+            start_in_ms: place as u32,
+        };
+        let mut hints = HINTS_PER_STEP;
+        if let Some((sequence, query)) = starting {
+            engine.client.enqueue(sequence, query, hint(queue.len()));
+            queue.push_back(sequence);
+            let next = queue.pop_front().context("a queue of turns")?;
             engine.client.lookup(next).context("the daemon went away")?;
             looked_up.insert(next, Instant::now());
+            result.lookups += 1;
+            (told, hints) = (0, hints - 1);
         }
+        for (place, sequence) in queue.iter().enumerate().skip(told).take(hints) {
+            engine.client.hint(*sequence, hint(place));
+        }
+        told += hints;
         result.step_us.push(step.elapsed().as_secs_f64() * 1e6);
 
         // As long as the median step, and nothing in it: what the scheduler of a full machine adds by itself.
@@ -197,6 +240,9 @@ fn steps(engine: &mut Engine, conversations: &[Arc<[u32]>]) -> anyhow::Result<St
         result.idle_us.push(idle.elapsed().as_secs_f64() * 1e6);
     }
     result.seconds = begin.elapsed().as_secs_f64();
+    for sequence in queue.into_iter().chain(looked_up.into_keys()) {
+        engine.client.end(sequence);
+    }
     Ok(result)
 }
 
@@ -210,7 +256,32 @@ struct Steps {
     answers_us: Vec<f64>,
     hashing_us: Vec<f64>,
     found_blocks: usize,
+    lookups: usize,
     seconds: f64,
+}
+
+impl Steps {
+    /// Blocks found, of those looked for; the last answers are not waited for.
+    fn found_share(&self) -> f64 {
+        self.found_blocks as f64 / (self.lookups * BLOCKS) as f64
+    }
+
+    fn raw(&self, load: Load) -> serde_json::Value {
+        json!({
+            "turns_per_second": STEPS_PER_SECOND as usize / load.steps_per_turn, "queue": load.queue,
+            "step_us": quantiles(&self.step_us), "poll_us": quantiles(&self.poll_us),
+            "idle_step_us": quantiles(&self.idle_us), "answer_us": quantiles(&self.answers_us),
+            "keys_us": quantiles(&self.hashing_us), "found_share": self.found_share(),
+        })
+    }
+}
+
+fn quantiles(values: &[f64]) -> serde_json::Value {
+    json!({
+        "p50": quantile(values, 0.5), "p90": quantile(values, 0.9),
+        "p99": quantile(values, 0.99), "p999": quantile(values, 0.999),
+        "max": quantile(values, 1.0),
+    })
 }
 
 /// Takes frames and gives them back; microseconds of each taking.
@@ -257,47 +328,41 @@ fn main() -> anyhow::Result<()> {
             })
         })
         .collect();
-    eprintln!("{STEPS} steps, then {CREDITS} credits, beside {cores} busy threads");
-    let steps = steps(&mut engine, &conversations);
-    let credits = steps.is_ok().then(|| credits(&mut engine));
+    eprintln!("{STEPS} steps of each load, then {CREDITS} credits, beside {cores} busy threads");
+    let mut tags = 1..;
+    let mut measure = || -> anyhow::Result<_> {
+        let busy = steps(&mut engine, &conversations, BUSY, &mut tags)?;
+        let dense = steps(&mut engine, &conversations, DENSE, &mut tags)?;
+        Ok((busy, dense, credits(&mut engine)?))
+    };
+    let measured = measure();
     stop.store(true, Ordering::Relaxed);
     for thread in busy {
         thread.join().unwrap_or(()); // It cannot panic.
     }
-    let (steps, credits) = (steps?, credits.context("no steps, no credits")??);
+    let (busy, dense, credits) = measured?;
 
     let stats = engine.client.stats();
-    let hints = (STEPS * HINTS_PER_STEP) as f64;
-    let hints_lost = stats.hints_dropped as f64 / hints;
-    let found = steps.found_blocks as f64 / (STEPS - HINTS_PER_STEP) as f64 / BLOCKS as f64;
-    let quantiles = |values: &[f64]| {
-        json!({
-            "p50": quantile(values, 0.5), "p90": quantile(values, 0.9),
-            "p99": quantile(values, 0.99), "p999": quantile(values, 0.999),
-            "max": quantile(values, 1.0),
-        })
-    };
-    figure("hint_step_p50_us", quantile(&steps.step_us, 0.5), "us");
-    figure("hint_step_p99_us", quantile(&steps.step_us, 0.99), "us");
-    figure("hint_step_poll_p99_us", quantile(&steps.poll_us, 0.99), "us");
-    figure("idle_step_p99_us", quantile(&steps.idle_us, 0.99), "us");
-    figure("lookup_answer_p50_us", quantile(&steps.answers_us, 0.5), "us");
-    figure("lookup_answer_p99_us", quantile(&steps.answers_us, 0.99), "us");
+    let hints = (2 * STEPS * HINTS_PER_STEP) as f64;
+    figure("hint_step_p50_us", quantile(&busy.step_us, 0.5), "us");
+    figure("hint_step_p99_us", quantile(&busy.step_us, 0.99), "us");
+    figure("hint_step_dense_p50_us", quantile(&dense.step_us, 0.5), "us");
+    figure("hint_step_dense_p99_us", quantile(&dense.step_us, 0.99), "us");
+    figure("idle_step_p99_us", quantile(&busy.idle_us, 0.99), "us");
+    figure("lookup_answer_p50_us", quantile(&busy.answers_us, 0.5), "us");
+    figure("lookup_answer_p99_us", quantile(&busy.answers_us, 0.99), "us");
     figure("credit_p50_us", quantile(&credits, 0.5), "us");
     figure("credit_p99_us", quantile(&credits, 0.99), "us");
-    figure("keys_of_a_turn_p50_us", quantile(&steps.hashing_us, 0.5), "us");
-    figure("hints_per_second", hints / steps.seconds, "1/s");
-    figure("hints_dropped", 100.0 * hints_lost, "%");
-    figure("blocks_found", 100.0 * found, "%");
+    figure("keys_of_a_turn_p50_us", quantile(&busy.hashing_us, 0.5), "us");
+    figure("hints_per_second", hints / (busy.seconds + dense.seconds), "1/s");
+    figure("hints_dropped", 100.0 * stats.hints_dropped as f64 / hints, "%");
+    figure("blocks_found", 100.0 * busy.found_share(), "%");
     write_raw(
         "hints",
         &json!({
             "cpu": cpu_name(), "cores": cores, "steps": STEPS, "hints_per_step": HINTS_PER_STEP,
-            "blocks_per_turn": BLOCKS, "step_us": quantiles(&steps.step_us),
-            "answer_us": quantiles(&steps.answers_us), "poll_us": quantiles(&steps.poll_us),
-            "idle_step_us": quantiles(&steps.idle_us),
-            "credit_us": quantiles(&credits), "keys_us": quantiles(&steps.hashing_us),
-            "hints_dropped": stats.hints_dropped, "found_share": found,
+            "blocks_per_turn": BLOCKS, "busy": busy.raw(BUSY), "dense": dense.raw(DENSE),
+            "credit_us": quantiles(&credits), "hints_dropped": stats.hints_dropped,
         }),
     )
 }
