@@ -8,7 +8,6 @@
 
 use std::collections::VecDeque;
 
-use kv_protocol::frame::Owner;
 use kv_protocol::message::CommitOutcome;
 use kv_protocol::{BlockHeader, BlockKey, ConversationId, FrameIndex, MissReason};
 
@@ -113,8 +112,11 @@ impl Store {
     /// Gives the block back if there is no frame, or the readers are behind.
     #[expect(clippy::result_large_err, reason = "the error is the block itself, given back")]
     fn begin_filling(&mut self, incoming: Incoming) -> Result<(), Incoming> {
+        let parent = &incoming.header.parent;
+        let coming = || self.imports.filling.get(parent).map(|filling| filling.frame);
+        let after = self.directory.get(parent).and_then(|block| block.host).or_else(coming);
         let Some(host) = &mut self.host else { return Err(incoming) };
-        let Some(handle) = host.grant(Owner::Daemon) else { return Err(incoming) };
+        let Some(handle) = host.grant_behind(after) else { return Err(incoming) };
         let (key, block, table) =
             (incoming.header.key, incoming.block.clone(), host.table().clone());
         if self.disk.read(Job::Fill { key, block, handle, table }).is_err() {
