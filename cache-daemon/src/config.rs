@@ -13,7 +13,7 @@ use crate::tier::remote::{RemoteUrl, UrlError};
 /// Most bytes a region may have: offsets stay far from overflow.
 const HOST_BYTES_MAX: u64 = 1 << 42;
 /// Fewest bytes of a disk tier: RocksDB's own files need some.
-const DISK_BYTES_MIN: u64 = 16 << 20;
+pub(crate) const DISK_BYTES_MIN: u64 = 16 << 20;
 
 /// Name of the admin API's socket, in the folder of the handshake's.
 pub const ADMIN_SOCKET_FILE: &str = "admin.sock";

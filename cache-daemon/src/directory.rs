@@ -360,7 +360,6 @@ impl Directory {
             used_ms: block.used_ms,
             depth: block.depth,
             turn,
-            returns_ms: None,
             tenant: self.labels.interned[block.label as usize].2,
             keep: Keep::Ordinary,
         }

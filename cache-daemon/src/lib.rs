@@ -26,6 +26,7 @@ mod moves;
 pub mod outline;
 pub mod policy;
 pub mod queue;
+pub mod reconfigure;
 pub mod records;
 pub mod shm;
 pub mod sim;

@@ -14,6 +14,12 @@ use crate::policy::{Index, Known, Promote, Residence, Standing, Walk};
 use crate::queue::Queue;
 use crate::tier::host::{free_high, free_low};
 
+/// Blocks that a walk passes because they have to be written first: it ends there, a fraction of a millisecond's
+/// work, and the next turn of the loop finds some of them written.
+const PASSED_MAX: usize = 256;
+/// Blocks that leave a disk tier that was made smaller, in one turn of the loop: some milliseconds' work.
+const DROPPED_PER_TURN: usize = 256;
+
 /// What the rules choose from.
 pub(crate) struct Catalogue<'a> {
     pub(crate) directory: &'a mut Directory,
@@ -143,7 +149,7 @@ pub(crate) trait Tiers {
 
     /// Demotes until the high watermark, once the low one is passed: a frame is free before it is asked for.
     fn keep_frames_free(&mut self) {
-        let mut walk = Walk::default();
+        let (mut walk, mut passed) = (Walk::default(), 0);
         for _ in 0..self.frames().to_free() {
             self.refresh();
             let Catalogue { directory, index, .. } = self.catalogue();
@@ -152,15 +158,19 @@ pub(crate) trait Tiers {
             // Frames whose blocks are being written will be free soon.
             if !self.demote(&key) {
                 self.catalogue().index.pass_host(&mut walk, victim);
+                passed += 1;
+                if passed == PASSED_MAX {
+                    return;
+                }
             }
         }
     }
 
-    /// Frees the first frame that can be freed now; the blocks before it are on their way to disk.
+    /// Frees the first frame that can be freed now; the blocks before it go to disk first.
     fn make_frame_free(&mut self) -> bool {
         self.refresh();
         let mut walk = Walk::default();
-        loop {
+        for _ in 0..PASSED_MAX {
             let Catalogue { directory, index, .. } = self.catalogue();
             let Some(victim) = index.host_victim(&mut walk) else { return false };
             let key = *directory.key(victim.id);
@@ -169,6 +179,7 @@ pub(crate) trait Tiers {
             }
             self.catalogue().index.pass_host(&mut walk, victim);
         }
+        false
     }
 
     /// Frees a block's frame if the disk has the block, or cannot have it; else it is written first.
@@ -261,6 +272,21 @@ pub(crate) trait Tiers {
             let key = *directory.key(victim.id);
             self.drop_from_disk(&key);
         }
+    }
+
+    /// Drops blocks from a disk tier that holds more than it may, some in each turn. `true` if it does not.
+    fn shrink_disk(&mut self) -> bool {
+        for _ in 0..DROPPED_PER_TURN {
+            if self.disk_room(0) == DiskRoom::Fits {
+                return true;
+            }
+            self.refresh();
+            let Catalogue { directory, index, .. } = self.catalogue();
+            let Some(victim) = index.first_on_disk() else { return false };
+            let key = *directory.key(victim.id);
+            self.drop_from_disk(&key);
+        }
+        self.disk_room(0) == DiskRoom::Fits
     }
 
     /// Its frame is free, if frames run out.

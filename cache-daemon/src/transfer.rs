@@ -105,6 +105,9 @@ pub struct Transfers {
     opened: bool,
     /// While failed: when to try again, and the pause before that.
     retry: Option<(u64, u64)>,
+    /// What the tier may take, blocks and all else.
+    disk_bytes: u64,
+    /// What blocks may take of it.
     disk_bytes_max: u64,
     /// What turned out to fit, below `disk_bytes_max` while the volume has less; and until when.
     disk_bytes_fitting: u64,
@@ -151,6 +154,7 @@ impl Transfers {
             opened: false,
             retry: None,
             disk_state: if disk_bytes > 0 { DiskState::Opening } else { DiskState::None },
+            disk_bytes,
             disk_bytes_max: disk_bytes / 100 * engine.stored_percent(),
             disk_bytes_fitting: u64::MAX,
             fitting_until_ms: None,
@@ -291,6 +295,17 @@ impl Transfers {
         self.stored_bytes += bytes;
     }
 
+    /// Bytes that the tier may take.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        self.disk_bytes
+    }
+
+    /// Another bound; what is over it leaves part by part.
+    pub(crate) fn set_disk_bytes(&mut self, bytes: u64) {
+        self.disk_bytes = bytes;
+        self.disk_bytes_max = bytes / 100 * self.engine.stored_percent();
+    }
+
     /// Bytes that blocks may take.
     pub(crate) fn disk_bytes_limit(&self) -> u64 {
         self.disk_bytes_max
@@ -421,6 +436,10 @@ impl Store {
         }
         if self.transfers.disk_state == DiskState::Opening {
             return;
+        }
+        if !self.shrink_disk() {
+            self.send_removals();
+            return; // First what is over the bound leaves.
         }
         while self.transfers.writing < WRITES_MAX {
             let Some(key) = self.transfers.next_write() else { return };

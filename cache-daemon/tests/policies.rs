@@ -76,6 +76,52 @@ fn a_drive_that_has_to_last_takes_first_what_was_used_again() {
     assert!(stored() <= 1 << 20);
 }
 
+fn config(daemon: &Daemon, arguments: &[&str]) -> Result<serde_json::Value, String> {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_kvctl"))
+        .arg(format!("--socket={}", daemon.admin_socket().display()))
+        .args(["--json", "config"])
+        .args(arguments)
+        .output()
+        .unwrap();
+    if output.status.success() {
+        return Ok(serde_json::from_slice(&output.stdout).unwrap());
+    }
+    Err(String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn settings_change_while_conversations_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = start(dir.path(), 64, &["--disk-bytes=64MiB"]);
+    let mut driver = tenant(&daemon, b"");
+    let conversations: Vec<_> = (0..60).map(|number| conversation(number, 16 * BLOCKS)).collect();
+    for tokens in &conversations {
+        driver.save(tokens).unwrap();
+    }
+    until("all is on disk", || {
+        (daemon.status_u64("/writes") == 60 * u64::from(BLOCKS)).then_some(())
+    });
+    let stored = || daemon.status_u64("/disk/stored_bytes");
+    assert!(stored() > 16 << 20);
+    let change =
+        ["--policy=lru", "--disk-bytes=16MiB", "--tenant-host-share=90", "--ttl-seconds=900"];
+    let in_force = config(&daemon, &change).unwrap();
+    assert_eq!(in_force["policy"], "lru");
+    assert_eq!(in_force["disk_bytes"], 16 << 20);
+    assert_eq!(config(&daemon, &[]).unwrap(), in_force);
+    // A quarter of the room: what was used least recently leaves, what is used last stays whole.
+    until("the tier is as small as it was told to be", || (stored() <= 16 << 20).then_some(()));
+    assert!(stored() > 8 << 20, "no more leaves than must");
+    assert!(driver.load(&conversations[0]).unwrap().tokens < conversations[0].len());
+    for tokens in conversations.iter().rev().take(5) {
+        assert_eq!(driver.load(tokens).unwrap().tokens, tokens.len());
+    }
+    let refused = config(&daemon, &["--disk-bytes=1GiB"]).unwrap_err();
+    assert!(refused.contains("must be 16777216 to 67108864"), "{refused}");
+    assert!(config(&daemon, &["--tenant-disk-share=0"]).unwrap_err().contains("1 to 100"));
+    assert_eq!(config(&daemon, &[]).unwrap(), in_force, "what is refused changes nothing");
+}
+
 #[test]
 fn bad_shares_and_rates_end_with_a_sentence() {
     for bad in

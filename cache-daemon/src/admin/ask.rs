@@ -7,6 +7,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 use crate::conversation::Age;
+use crate::reconfigure::{Change, InForce};
 use crate::records::{ConversationLine, Explanation};
 use crate::tier::disk::DiskUsage;
 use crate::verify::Verification;
@@ -91,6 +92,13 @@ pub enum Ask {
         begin: bool,
         /// How far.
         reply: Reply<Verification>,
+    },
+    /// The settings in force.
+    Config {
+        /// Change these before.
+        change: Change,
+        /// After it.
+        reply: Reply<InForce>,
     },
     /// Give garbage of the disk tier back; answered when that is done.
     Compact {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -26,6 +27,7 @@ use tokio::sync::oneshot;
 use crate::listen::PeerEvent;
 use crate::metrics::{Metrics, Snapshot};
 use crate::migrate::desk::Desk;
+use crate::reconfigure::{Change, InForce};
 use crate::tier::disk::DiskUsage;
 use crate::verify::Verification;
 
@@ -92,6 +94,7 @@ fn router(admin: Admin) -> Router {
         .route("/metrics", get(|State(admin): State<Admin>| async move { admin.metrics.text() }))
         .route("/verify", get(verification).post(verify))
         .route("/compact", post(compact))
+        .route("/config", get(config).patch(reconfigure))
         .merge(conversations::router())
         .merge(transfers::router())
         .fallback(|| async { AskError::NoSuchPath })
@@ -109,6 +112,19 @@ async fn verification(State(admin): State<Admin>) -> Result<Json<Verification>, 
 
 async fn verify(State(admin): State<Admin>) -> Result<Json<Verification>, AskError> {
     Ok(Json(admin.ask(|reply| Ask::Verify { begin: true, reply }).await?))
+}
+
+async fn config(State(admin): State<Admin>) -> Result<Json<InForce>, AskError> {
+    let change = Change::default();
+    Ok(Json(admin.ask(|reply| Ask::Config { change, reply }).await?))
+}
+
+async fn reconfigure(
+    State(admin): State<Admin>,
+    change: Result<Json<Change>, JsonRejection>,
+) -> Result<Json<InForce>, AskError> {
+    let Json(change) = change.map_err(|error| AskError::Refused(error.body_text()))?;
+    Ok(Json(admin.ask(|reply| Ask::Config { change, reply }).await?))
 }
 
 async fn compact(State(admin): State<Admin>) -> Result<Json<DiskUsage>, AskError> {

@@ -45,6 +45,10 @@ impl Daemon {
                 let state = if begin { self.store.verify() } else { Ok(self.store.verification()) };
                 reply.send(state.map_err(|error| AskError::NotNow(error.to_string())));
             }
+            Ask::Config { change, reply } => {
+                let in_force = self.store.reconfigure(&change);
+                reply.send(in_force.map_err(|error| AskError::Refused(error.to_string())));
+            }
             Ask::Compact { reply } => {
                 if self.compacting.is_some() {
                     return reply.send(Err(AskError::NotNow("it is compacted right now".into())));

@@ -40,8 +40,11 @@ impl WriteBudget {
         budget
     }
 
-    /// Another bound from now on; what was saved up stays, as far as it fits.
+    /// Another bound from now on; what was saved up stays, as far as it fits. The first one begins full.
     pub fn set(&mut self, bytes_per_day: Option<u64>) {
+        if self.bytes_per_day.is_none() {
+            self.left = f64::MAX;
+        }
         self.bytes_per_day = bytes_per_day;
         self.left = self.left.min(self.bytes_max());
     }
@@ -107,6 +110,17 @@ mod tests {
         let unproven = (0..10).filter(|_| write(Worth::Unproven)).count();
         let proven = (0..10).filter(|_| write(Worth::Proven)).count();
         assert_eq!((unproven, proven), (5, 5));
+    }
+
+    #[test]
+    fn another_bound_holds_from_now_on() {
+        let mut budget = WriteBudget::new(None);
+        budget.set(Some(2400));
+        assert!(budget.allows(100, Worth::Proven, 0));
+        budget.spend(100);
+        assert!(!budget.allows(10, Worth::Proven, 0));
+        budget.set(None);
+        assert!(budget.allows(u64::MAX, Worth::Unproven, 0));
     }
 
     #[test]

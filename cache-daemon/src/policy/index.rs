@@ -147,6 +147,11 @@ impl Index {
         (victim.is_over_quota || victim.rank < rank).then_some(victim)
     }
 
+    /// Who leaves a disk that has become too small.
+    pub fn first_on_disk(&mut self) -> Option<Victim> {
+        self.disk.next(&mut Walk::default())
+    }
+
     /// Blocks that may leave host memory.
     pub fn host_free(&self) -> usize {
         self.host.len()
@@ -224,12 +229,12 @@ mod tests {
     prop_compose! {
         fn any_standing()(
             used_ms in 0u64..9, depth in 0u32..4,
-            ticket in proptest::option::of(0u64..9), returns_ms in proptest::option::of(0u64..9),
+            ticket in proptest::option::of(0u64..9),
             tenant in (0u16..4).prop_map(TenantId), keep in keep(),
             host in residence(), disk in residence(),
         ) -> Standing {
             let turn = ticket.map(QueueTicket);
-            Standing { known: Known { used_ms, depth, turn, returns_ms, tenant, keep }, host, disk }
+            Standing { known: Known { used_ms, depth, turn, tenant, keep }, host, disk }
         }
     }
 

@@ -7,8 +7,8 @@
 //!
 //! `C_mem`, `C_disk`: capacities; `S_kv`: mean KV of a queued turn's conversation. Ours are counted in
 //! blocks, which are all of one size. Beyond the paper: the unit is a block, not a whole conversation; what
-//! no queued turn needs leaves by its predicted return, else by last use; and turns beyond the eviction
-//! window leave by place as well, the farthest first.
+//! no queued turn needs leaves by last use (a return foretold from pauses does not help, docs/adr/0018); and
+//! turns beyond the eviction window leave by place as well, the farthest first.
 //!
 //! With that order the eviction window needs no rule of its own: what a turn inside it needs leaves the disk
 //! only when nothing outside is left there, and then the turn that arrived last gives way.
@@ -38,18 +38,15 @@ pub fn eviction_window(host_blocks: u64, disk_blocks: u64, blocks_mean: u64) -> 
 enum Class {
     /// No turn needs it: least recently used first.
     NotNeeded = Rank::CLASS_FIRST,
-    /// Its conversation is expected back: the latest first.
-    Predicted,
     /// A queued turn needs it: the farthest from the queue's head first.
     Queued,
 }
 
 /// First what no queued turn needs, then queued turns from the farthest place inwards.
 pub fn rank(known: &Known) -> Rank {
-    let (class, order) = match (known.turn, known.returns_ms) {
-        (Some(ticket), _) => (Class::Queued, farthest_first(ticket.0)),
-        (None, Some(returns_ms)) => (Class::Predicted, farthest_first(returns_ms)),
-        (None, None) => (Class::NotNeeded, known.used_ms),
+    let (class, order) = match known.turn {
+        Some(ticket) => (Class::Queued, farthest_first(ticket.0)),
+        None => (Class::NotNeeded, known.used_ms),
     };
     Rank::new(class as u8, order, known.depth)
 }
@@ -83,13 +80,6 @@ mod tests {
     fn blocks_that_no_turn_needs_leave_first_and_oldest_first() {
         let leaving = [known(20), known(30), queued(5, 3), queued(10, 0)].map(|known| rank(&known));
         assert!(leaving.is_sorted());
-    }
-
-    #[test]
-    fn a_predicted_return_stands_between_unknown_and_queued_the_latest_first() {
-        let returns = |returns_ms| Known { returns_ms: Some(returns_ms), ..known(10) };
-        let leaving = [known(99), returns(200), returns(100), queued(1, 1000)];
-        assert!(leaving.map(|known| rank(&known)).is_sorted());
     }
 
     #[test]

@@ -13,7 +13,6 @@ pub mod index;
 pub mod lookahead;
 pub mod lru;
 pub mod order;
-pub mod pauses;
 pub mod retention;
 pub mod s3fifo;
 
@@ -87,8 +86,6 @@ pub struct Known {
     pub depth: u32,
     /// First queued turn that will read it.
     pub turn: Option<QueueTicket>,
-    /// When its conversation is expected to ask again, if that can be foretold; milliseconds.
-    pub returns_ms: Option<u64>,
     /// Whose it is.
     pub tenant: TenantId,
     /// Whether it was pinned, or is about to expire.
@@ -147,7 +144,18 @@ impl Rank {
 }
 
 /// Names of the policies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Default,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum PolicyKind {
     /// By what the queue says.
     #[default]
@@ -167,14 +175,7 @@ pub(crate) mod fixtures {
 
     /// A block that no turn needs.
     pub(crate) fn known(used_ms: u64) -> Known {
-        Known {
-            used_ms,
-            depth: 0,
-            turn: None,
-            returns_ms: None,
-            tenant: TenantId(0),
-            keep: Keep::Ordinary,
-        }
+        Known { used_ms, depth: 0, turn: None, tenant: TenantId(0), keep: Keep::Ordinary }
     }
 
     /// A block that a turn needs.

@@ -11,6 +11,7 @@
 pub mod convert;
 mod faults;
 pub mod generate;
+mod pauses;
 pub mod prepare;
 pub mod replay;
 pub mod schedule;

@@ -11,6 +11,7 @@ use kv_protocol::message::KeyList;
 use kv_protocol::{Accept, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
 use super::faults::{Fault, draw};
+use super::pauses::{Own, Pauses};
 pub use super::prepare::Prepared;
 use super::prepare::Turn;
 use super::schedule::Times;
@@ -19,7 +20,6 @@ use crate::directory::{Block, Description, Directory, Label, OnDisk};
 use crate::key_map::{KeyMap, KeySet};
 use crate::moves::{Catalogue, DiskRoom, Frames, Tiers, Unwritten};
 use crate::policy::budget::WriteBudget;
-use crate::policy::pauses::{Own, Pauses};
 use crate::policy::retention::Retentions;
 use crate::policy::{Index, QueueTicket, Residence};
 use crate::queue::{Queue, TurnId};

@@ -4,6 +4,7 @@
 
 mod client;
 mod compact;
+mod config;
 mod conversations;
 mod explain;
 mod status;
@@ -70,6 +71,8 @@ enum Command {
     Offload(conversations::Which),
     /// Read every stored block and check it, without getting in the way.
     Verify(verify::Verify),
+    /// The settings in force, and change some of them while the daemon runs.
+    Config(config::Config),
     /// Give room that the disk tier does not need back to the file system.
     Compact,
     /// Show what a cache of these sizes would have had of a trace's history, under one policy or all.
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Command::Import(import) => import.run(&client, json),
         Command::Offload(which) => transfers::offload(&which, &client, json),
         Command::Verify(verify) => verify.run(&client, json),
+        Command::Config(config) => config.run(&client, json),
         Command::Compact => compact::run(&client, json),
         Command::Replay(replay) => replay.run(json),
         Command::Generate(generate) => generate.run(),

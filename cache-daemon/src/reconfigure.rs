@@ -1,0 +1,181 @@
+//! Settings that change while the daemon runs (`PATCH /config` of the admin API, `kvctl config`).
+//!
+//! A change is checked as a whole before any of it is made. It lasts until the worker starts anew: what is to
+//! stay belongs into the flags as well. Another policy, or other quotas, begin an order anew that learns of the
+//! blocks part by part; a smaller disk tier is left part by part: no turn of the loop takes long for it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::policy::PolicyKind;
+use crate::store::{Store, TenantShare};
+
+/// What is to change; what is absent stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct Change {
+    /// Which blocks leave the tiers first.
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicyKind>,
+    /// Bytes that the disk tier may take: not more than it was started with.
+    #[arg(long, value_parser = crate::config::parse_bytes)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// Seconds after its last use at which a block is forgotten; 0 is never.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds: Option<u64>,
+    /// Seconds after its last use at which a tail goes to disk.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tail_idle_seconds: Option<u64>,
+    /// Percent of the host tier that a tenant may have before its own blocks leave first.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_host_share: Option<u8>,
+    /// Percent of the disk tier that a tenant may have before its own blocks leave first.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant_disk_share: Option<u8>,
+    /// Bytes that may be written to disk in a day; 0 is no bound.
+    #[arg(long, value_parser = crate::config::parse_bytes)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_write_bytes_per_day: Option<u64>,
+}
+
+/// The settings in force, under the names of their flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InForce {
+    /// See [`Change::policy`].
+    pub policy: PolicyKind,
+    /// See [`Change::disk_bytes`].
+    pub disk_bytes: u64,
+    /// See [`Change::ttl_seconds`].
+    pub ttl_seconds: u64,
+    /// See [`Change::tail_idle_seconds`].
+    pub tail_idle_seconds: u64,
+    /// See [`Change::tenant_host_share`].
+    pub tenant_host_share: u8,
+    /// See [`Change::tenant_disk_share`].
+    pub tenant_disk_share: u8,
+    /// See [`Change::disk_write_bytes_per_day`].
+    pub disk_write_bytes_per_day: u64,
+}
+
+/// Why nothing was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChangeError {
+    /// A size outside its bounds.
+    #[error(
+        "disk_bytes is {given}, must be {min} to {max}; more takes another --disk-bytes and a restart"
+    )]
+    DiskBytes {
+        /// Asked for.
+        given: u64,
+        /// Fewest.
+        min: u64,
+        /// What the tier was started with.
+        max: u64,
+    },
+    /// No share.
+    #[error("{setting} is {given} percent, must be 1 to 100")]
+    Share {
+        /// Which.
+        setting: &'static str,
+        /// Asked for.
+        given: u8,
+    },
+}
+
+impl Change {
+    fn check(&self, disk_bytes_max: u64) -> Result<(), ChangeError> {
+        let min = crate::config::DISK_BYTES_MIN.min(disk_bytes_max);
+        if let Some(given) = self.disk_bytes.filter(|given| !(min..=disk_bytes_max).contains(given))
+        {
+            return Err(ChangeError::DiskBytes { given, min, max: disk_bytes_max });
+        }
+        let shares = [
+            ("tenant_host_share", self.tenant_host_share),
+            ("tenant_disk_share", self.tenant_disk_share),
+        ];
+        for (setting, share) in shares {
+            if let Some(given) = share.filter(|share| !(1..=100).contains(share)) {
+                return Err(ChangeError::Share { setting, given });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    /// The settings in force.
+    pub fn in_force(&self) -> InForce {
+        let TenantShare { host, disk } = self.config.tenant_share;
+        InForce {
+            policy: self.config.policy,
+            disk_bytes: self.transfers.disk_bytes(),
+            ttl_seconds: self.config.ttl_ms.unwrap_or(0) / 1000,
+            tail_idle_seconds: self.config.tail_idle_ms / 1000,
+            tenant_host_share: host,
+            tenant_disk_share: disk,
+            disk_write_bytes_per_day: self.budget.bytes_per_day().unwrap_or(0),
+        }
+    }
+
+    /// Changes all that is asked for, or nothing.
+    pub fn reconfigure(&mut self, change: &Change) -> Result<InForce, ChangeError> {
+        change.check(self.config.disk_bytes)?;
+        let before = self.in_force();
+        let config = &mut self.config;
+        config.policy = change.policy.unwrap_or(config.policy);
+        if let Some(seconds) = change.ttl_seconds {
+            config.ttl_ms = (seconds > 0).then(|| seconds.saturating_mul(1000));
+        }
+        if let Some(seconds) = change.tail_idle_seconds {
+            config.tail_idle_ms = seconds.saturating_mul(1000);
+        }
+        let share = &mut config.tenant_share;
+        share.host = change.tenant_host_share.unwrap_or(share.host);
+        share.disk = change.tenant_disk_share.unwrap_or(share.disk);
+        if let Some(bytes) = change.disk_bytes {
+            self.transfers.set_disk_bytes(bytes);
+        }
+        if let Some(bytes) = change.disk_write_bytes_per_day {
+            self.budget.set((bytes > 0).then_some(bytes));
+        }
+        let after = self.in_force();
+        let ranks = |in_force: &InForce| {
+            let InForce { policy, disk_bytes, tenant_host_share, tenant_disk_share, .. } =
+                *in_force;
+            (policy, disk_bytes, tenant_host_share, tenant_disk_share)
+        };
+        if ranks(&before) != ranks(&after) {
+            self.rebuild_index();
+        }
+        tracing::info!(?before, ?after, "settings changed");
+        Ok(after)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_that_cannot_be_is_refused_with_its_bounds() {
+        let check = |change: Change| change.check(1 << 30);
+        assert_eq!(check(Change::default()), Ok(()));
+        let disk = check(Change { disk_bytes: Some(1 << 31), ..Change::default() });
+        assert!(disk.unwrap_err().to_string().contains("--disk-bytes and a restart"));
+        let share = Change { tenant_host_share: Some(0), ..Change::default() };
+        assert!(check(share).is_err());
+    }
+
+    #[test]
+    fn an_unknown_setting_is_an_error_and_not_ignored() {
+        assert!(serde_json::from_str::<Change>(r#"{"polcy": "lru"}"#).is_err());
+        let change: Change = serde_json::from_str(r#"{"policy": "s3-fifo"}"#).unwrap();
+        assert_eq!(change.policy, Some(PolicyKind::S3Fifo));
+    }
+}
