@@ -25,8 +25,8 @@ use crate::tier::host::HostTier;
 
 /// Blocks read from disk at once: 8 to 16 MB in flight at a block of one or two megabytes.
 const READS_MAX: usize = 8;
-/// Blocks written at once.
-const WRITES_MAX: usize = 8;
+/// Blocks written at once: a group of the disk tier's.
+const WRITES_MAX: usize = crate::tier::disk::GROUP_MAX;
 /// Garbage is reclaimed when files take this much more than blocks, in percent.
 const GARBAGE_PERCENT: u64 = 30;
 /// Below this much garbage reclaiming is not worth its reads.

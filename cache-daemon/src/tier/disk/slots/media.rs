@@ -216,7 +216,9 @@ impl SlotFile for File {
                 let _ = rustix::fs::fallocate(self, FallocateFlags::empty(), at, bytes);
                 Ok(())
             }
-            Err(rustix::io::Errno::OPNOTSUPP) => overwrite(self, at, bytes),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                overwrite(self, at, bytes)
+            }
             Err(error) => Err(error.into()),
         }
     }

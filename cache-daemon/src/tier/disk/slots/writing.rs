@@ -17,14 +17,14 @@ use crate::tier::disk::{DiskError, NewBlock, WriteFailure};
 /// Each file is this share of all: small enough that another geometry takes over piece by piece.
 const FILE_SHARE: u64 = 32;
 const FILE_BYTES_MAX: u64 = 1 << 30;
-/// But a group of blocks has room in one, so that one sync does for all, unless there are too few then.
-pub const FILE_SLOTS_MIN: u64 = crate::tier::disk::GROUP_MAX as u64;
+/// But a group of blocks has room in few, so that few syncs do for all, unless there are too few files then.
+pub const FILE_SLOTS_MIN: u64 = 8;
 const FILES_MIN: u64 = 4;
 /// One of them is always spare.
 const SEGMENTS_MIN: u64 = 16;
 /// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
-/// blocks.
-const WRITE_THREADS: usize = 4;
+/// blocks: as many as read.
+const WRITE_THREADS: usize = crate::tier::disk::READERS;
 
 /// A slot taken for a block that is being written.
 pub struct Place {
