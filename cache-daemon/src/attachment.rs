@@ -53,6 +53,8 @@ pub struct Waiting {
     pub list: Option<Arc<KeyList>>,
     /// Its place, while it waits.
     pub hint: Option<Hint>,
+    /// When that was told last.
+    pub told_at: Option<Instant>,
     /// Its promotes under way.
     pub fetch: Option<Fetch>,
 }

@@ -15,13 +15,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kv_protocol::handshake::{Hello, Refusal, Welcome};
 use kv_protocol::layout::ATTACHMENTS_MAX;
-use kv_protocol::message::{FoundBlock, KeyList, Ticket, Tier};
+use kv_protocol::message::{
+    ANTICIPATED_FOR, FoundBlock, Hint, KeyList, SequenceTag, Ticket, Tier,
+};
 use kv_protocol::sync::Ordering;
 use kv_protocol::table::{AttachmentState, RegionView};
 use kv_protocol::{AttachmentId, ConversationId, MissReason, Submission};
 
 use crate::admin::{AskError, Deleted, Reply};
-use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting};
+use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting, Waiting};
 use crate::listen::PeerEvent;
 use crate::metrics::{BlockCounts, DeletionStatus, DiskStatus, Metrics, Snapshot};
 use crate::store::Store;
@@ -252,6 +254,7 @@ impl Daemon {
         if now.duration_since(self.expired_at) >= EXPIRE_EVERY {
             self.expired_at = now;
             self.store.expire(now_ms);
+            self.end_anticipations(now);
         }
         if self.stop_since.is_some() {
             self.store.transfers.write_tails(); // Commits still come.
@@ -411,6 +414,26 @@ impl Daemon {
         }
     }
 
+    /// Turns that were foretold and did not come wait no more. Their key lists stay until the runtime ends
+    /// them: it may still ask.
+    fn end_anticipations(&mut self, now: Instant) {
+        for attachment in self.attachments.iter_mut().flatten() {
+            let is_over = |waiting: &Waiting| {
+                let told_at = waiting.told_at.filter(|_| waiting.hint == Some(Hint::Anticipated));
+                told_at.is_some_and(|at| now.duration_since(at) >= 2 * ANTICIPATED_FOR)
+            };
+            let over = attachment.sequences.iter().filter(|(_, waiting)| is_over(waiting));
+            let over: Vec<SequenceTag> = over.map(|(tag, _)| *tag).collect();
+            for tag in over {
+                self.store.turn_left(attachment.turn(tag));
+                if let Some(waiting) = attachment.sequences.get_mut(&tag) {
+                    waiting.hint = None;
+                }
+                self.queue_changed = true;
+            }
+        }
+    }
+
     fn submission(
         &mut self,
         id: AttachmentId,
@@ -426,6 +449,7 @@ impl Daemon {
                 let turn = attachment.turn(sequence);
                 if let Some(waiting) = attachment.sequence(sequence) {
                     let is_first = waiting.hint.replace(hint).is_none() || list.is_some();
+                    waiting.told_at = Some(Instant::now());
                     if let Some(list) = list {
                         waiting.list = Some(Arc::new(list));
                     }

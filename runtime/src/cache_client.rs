@@ -39,7 +39,7 @@ use kv_protocol::{
 };
 
 pub use bell::{Doorbell, Waker};
-pub use kv_protocol::message::{Hint, SequenceTag, Tier};
+pub use kv_protocol::message::{ANTICIPATED_FOR, Hint, SequenceTag, Tier};
 pub use kv_protocol::{
     Accept, ConversationId, Fingerprint, MissReason, NumericsTag, RootKey, Variant,
 };

@@ -7,6 +7,7 @@
 //! One step is in flight at a time. While it runs, the engine takes requests, asks the cache, and
 //! starts the loads of those that come next.
 
+mod anticipation;
 mod cache;
 mod history;
 mod learn;
@@ -33,13 +34,15 @@ use crate::adaskip::presence::SkipSets;
 use crate::batch::{Backend, BackendEvent, Phase, RowOutput, SequenceId, StepId, StepOutput};
 use crate::block_pool::BlockPool;
 use crate::cache_client::{
-    CacheClient, CacheConfig, ConversationId, Doorbell, Fingerprint, NumericsTag, RootKey, Waker,
+    CacheClient, CacheConfig, ConversationId, Doorbell, Fingerprint, NumericsTag, RootKey,
+    Unavailable, Waker,
 };
 use crate::overlap::Rates;
 use crate::request::{CachedTokens, Command, Event, FinishReason, Generate, GenerateError};
 use crate::scheduler::{self, Limits, State};
 use crate::sequence::Sequence;
 use crate::variant;
+use anticipation::Anticipations;
 use cache::Cache;
 use history::Histories;
 use saves::{Ends, Labels, Saves};
@@ -252,6 +255,7 @@ fn build<C: Cache>(
         state: State::new(limits, pool, sets),
         rates: Rates::default(),
         histories: Histories::default(),
+        anticipations: Anticipations::default(),
         saves: Saves::new(labels),
         labels,
         flight: None,
@@ -280,6 +284,7 @@ struct Engine<C: Cache> {
     state: State,
     rates: Rates,
     histories: Histories,
+    anticipations: Anticipations,
     saves: Saves<C::Free>,
     labels: Labels,
     flight: Option<Flight>,
@@ -333,6 +338,7 @@ impl<C: Cache> Engine<C> {
         self.receive_cache();
         self.receive_backend();
         self.drop_abandoned();
+        self.end_anticipations();
         self.ask_cache();
         self.load_ahead();
         self.save_closing();
@@ -355,7 +361,7 @@ impl<C: Cache> Engine<C> {
         for &id in &decision.preempted {
             self.stats.preemptions.inc();
             self.forget_ask(id);
-            self.announce(id);
+            self.announce(id, None);
         }
         for &id in &decision.admitted {
             self.admitted(id, now);
@@ -416,6 +422,10 @@ impl<C: Cache> Engine<C> {
                         None => drop(answer.send(None)),
                     }
                 }
+                Command::Anticipate(turn) => {
+                    let told = self.anticipate(&turn);
+                    let _ = turn.answer.send(told);
+                }
                 Command::Shutdown => {
                     self.stopping.get_or_insert((self.clock)());
                     for sequence in std::mem::take(&mut self.state.waiting) {
@@ -436,17 +446,22 @@ impl<C: Cache> Engine<C> {
         }
         self.next_sequence += 1;
         let id = SequenceId(self.next_sequence);
+        let root = RootKey::new(&self.fingerprint, &request.salt.0);
+        let name = request.conversation.as_ref();
+        let anticipated = name.and_then(|name| {
+            self.anticipations.take(ConversationId::new(&root, name.as_bytes()))
+        });
         let sequence = Sequence::new(
             id,
             (self.clock)(),
-            RootKey::new(&self.fingerprint, &request.salt.0),
+            root,
             request,
             &self.config.end_tokens,
             self.state.pool.tokens_per_block(),
             &self.state.sets,
         );
         self.state.enqueue(sequence);
-        self.announce(id);
+        self.announce(id, anticipated);
     }
 
     fn check(&self, request: &Generate) -> Result<(), GenerateError> {
@@ -486,6 +501,7 @@ impl<C: Cache> Engine<C> {
                     self.saves.attachment += 1;
                     self.reattached();
                     self.hint_again();
+                    self.anticipate_again();
                 }
                 cache::Event::Detached => {
                     tracing::warn!("the cache daemon is gone; going on without");
@@ -742,7 +758,8 @@ impl<C: Cache> Engine<C> {
     fn wait_max(&self) -> Duration {
         let now = (self.clock)();
         let questions = self.questions.values().map(|(_, until)| *until).min();
-        let deadlines = [self.next_deadline(), questions].into_iter().flatten();
+        let anticipated = self.anticipations.next_end();
+        let deadlines = [self.next_deadline(), questions, anticipated].into_iter().flatten();
         let rest = deadlines.map(|until| until.saturating_sub(now)).min().unwrap_or(IDLE_WAIT);
         let limit = if self.state.closing.is_empty() { IDLE_WAIT } else { CLOSING_WAIT };
         rest.min(limit)
@@ -766,6 +783,7 @@ impl<C: Cache> Engine<C> {
                     let _ = request.events.send(Event::Failed(GenerateError::ShuttingDown));
                 }
                 Command::GetConversation { answer, .. } => drop(answer.send(None)),
+                Command::Anticipate(turn) => drop(turn.answer.send(Err(Unavailable))),
                 Command::ClearDeviceCache(_)
                 | Command::PutConversation { .. }
                 | Command::Shutdown => {}

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::cache_client::Unavailable;
+
 /// What the client asked to be generated; token ids are final (template and tokenizer ran before).
 #[derive(Debug)]
 pub struct Generate {
@@ -24,6 +26,19 @@ pub struct Generate {
     pub stop_tokens: Arc<[u32]>,
     /// Where events go. When the receiver is dropped the engine cancels the sequence.
     pub events: mpsc::UnboundedSender<Event>,
+}
+
+/// A turn that its client says will come: its user has begun to type.
+#[derive(Debug)]
+pub struct Anticipate {
+    /// See [`Generate::salt`].
+    pub salt: Salt,
+    /// The client's name for the conversation.
+    pub conversation: Arc<str>,
+    /// The conversation so far, as its record has it: what the turn's prompt will begin with.
+    pub tokens: Arc<[u32]>,
+    /// Told, or there is nobody to tell.
+    pub answer: oneshot::Sender<Result<(), Unavailable>>,
 }
 
 /// See [`Generate::salt`].
@@ -174,6 +189,8 @@ pub enum Command {
         /// Where the answer goes.
         answer: oneshot::Sender<Option<Vec<u8>>>,
     },
+    /// Have a conversation's history brought near before its turn is asked for.
+    Anticipate(Anticipate),
     /// Finish running sequences, commit tails, stop.
     Shutdown,
 }

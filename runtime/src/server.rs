@@ -273,6 +273,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
             metrics.clone(),
         ),
         tokens_capacity: engine.tokens_capacity(),
+        cache_attached: engine.stats().cache_attached.clone(),
         created: http::unix_seconds(),
         stop_tokens: end_tokens,
         admin: config.admin,

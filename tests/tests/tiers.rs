@@ -3,45 +3,26 @@
 
 mod support;
 
-use kv_protocol::geometry::LayerSet;
-use kv_protocol::{BlockHeader, Dtype, Geometry, layout};
-use runtime::weights::gguf::Model;
 use runtime::weights::random::write_tiny_gguf;
 use support::daemon::Daemon;
-use support::{Runtime, TOKENS_PER_BLOCK, beside_us, prompt};
+use support::{Runtime, TOKENS_PER_BLOCK, beside_us, prompt, region_bytes};
 
 const CONVERSATIONS: u32 = 3;
 const ROUNDS: u32 = 4;
 /// Of a first turn; each later turn brings this many more.
 const TURN_TOKENS: u32 = 16 * 12;
 
-/// Bytes of a region with so many frames of the model's blocks.
-fn region_bytes(model: &Model, frames: u64) -> u64 {
-    let shape = model.config();
-    let tokens = TOKENS_PER_BLOCK.try_into().expect("a small number");
-    let number = |of: usize| of.try_into().expect("a small model");
-    let (layers, heads) = (number(shape.layers), number(shape.kv_heads));
-    let dim = shape.head_dim.try_into().expect("a small model");
-    let layer_set = LayerSet::all(layers);
-    let geometry = Geometry::new(tokens, layers, heads, dim, Dtype::F16, layer_set);
-    let geometry = geometry.expect("the model's geometry");
-    let frame =
-        layout::FRAME_ENTRY_BYTES + BlockHeader::bytes(&geometry) as u64 + geometry.frame_bytes();
-    layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame
-}
-
 #[test]
 fn with_room_for_one_of_three_conversations_no_answer_changes() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("tiny.gguf");
     write_tiny_gguf(&path, 7).expect("the tiny model");
-    let model = Model::open(&path).expect("the tiny model");
     // The longest conversation, and what is being saved while it is pinned.
     let blocks = u64::from(ROUNDS * TURN_TOKENS) / TOKENS_PER_BLOCK as u64;
     let daemon = Daemon::start(
         &beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON"),
         dir.path(),
-        region_bytes(&model, blocks * 3 / 2),
+        region_bytes(&path, blocks * 3 / 2),
         &[],
     );
     // One sequence at a time: the others wait in the queue, and their hints run ahead of them.

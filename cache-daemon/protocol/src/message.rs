@@ -3,6 +3,8 @@
 //!
 //! A decoder gets a private copy of the words. Unknown kinds and codes are errors: the peer is detached.
 
+use std::time::Duration;
+
 use crate::frame::{FrameIndex, Generation};
 use crate::key::{BlockKey, ConversationId, KEY_BYTES, RootKey};
 use crate::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
@@ -197,6 +199,10 @@ impl MissReason {
     }
 }
 
+/// How long an anticipation holds: who has begun to type has sent by then, or gone away. Told again, it
+/// begins anew. The runtime ends it at this age; the daemon, should it not, forgets it at twice that.
+pub const ANTICIPATED_FOR: Duration = Duration::from_mins(1);
+
 /// What the scheduler knows of a turn to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hint {
@@ -207,7 +213,8 @@ pub enum Hint {
         /// Expected start, milliseconds from now.
         start_in_ms: u32,
     },
-    /// It is not in the queue yet, but soon: after every queued turn, and in the order of the hints.
+    /// It is not in the queue yet, but soon: after every queued turn, and in the order of the hints. Holds for
+    /// [`ANTICIPATED_FOR`].
     Anticipated,
 }
 

@@ -18,13 +18,14 @@ use std::time::Duration;
 use crate::adaskip::policy::Reuse;
 use crate::batch::{BlockId, LoadBlock, LoadId, LoadPlan, SequenceId};
 use crate::block_pool::Origin;
-use crate::cache_client::{Accept, Hint, MissReason, SequenceTag, Tier};
+use crate::cache_client::{Accept, Hint, MissReason, RootKey, SequenceTag, Tier};
 use crate::overlap::Rates;
 use crate::request::CachedTokens;
 use crate::scheduler::State;
 use crate::sequence::{Gate, Offer, Offered, Placement, Sequence};
 
 use super::cache::{Cache, HostBlock, Wanted};
+use super::saves::Labels;
 use super::{Engine, Flight};
 
 /// Waiting sequences whose places are told again when the queue moves; those behind it have time.
@@ -66,31 +67,32 @@ impl Histories {
     pub fn is_loading(&self) -> bool {
         !self.loads.is_empty()
     }
+
+    /// A name for one turn's talk with the cache.
+    pub fn new_tag(&mut self) -> SequenceTag {
+        self.next_tag += 1;
+        SequenceTag(self.next_tag)
+    }
 }
 
 impl<C: Cache> Engine<C> {
-    /// Tells the cache that a sequence waits. To be followed by a lookup when it is near the front.
-    pub(super) fn announce(&mut self, id: SequenceId) {
+    /// Tells the cache that a sequence waits. To be followed by a lookup when it is near the front. Its turn may
+    /// have been `anticipated`.
+    pub(super) fn announce(&mut self, id: SequenceId, anticipated: Option<SequenceTag>) {
         let Some(cache) = &mut self.cache else { return };
         let place = self.state.waiting.partition_point(|other| other.id < id);
         let Some(sequence) = self.state.waiting.get(place) else { return };
         let tokens = sequence.reusable(&self.state.sets);
+        if anticipated.is_some() {
+            self.stats.anticipations.with_label_values(&["came"]).inc();
+        }
         if sequence.id != id || tokens == 0 || sequence.shuns_frames {
+            anticipated.into_iter().for_each(|tag| cache.end(tag));
             return;
         }
-        let accept = match self.state.sets.reuse {
-            Reuse::Own => Accept::Own { variant: self.labels.own, numerics: self.labels.numerics },
-            Reuse::Any => Accept::Any,
-        };
-        let tokens_per_block = self.state.pool.tokens_per_block();
-        let wanted = Wanted {
-            root: sequence.root,
-            accept,
-            tokens: Arc::from(&sequence.tokens[..tokens as usize]),
-            tokens_per_block: tokens_per_block as u16,
-        };
-        self.histories.next_tag += 1;
-        let tag = SequenceTag(self.histories.next_tag);
+        let tokens = Arc::from(&sequence.tokens[..tokens as usize]);
+        let wanted = wanted(&self.state, &self.labels, sequence.root, tokens);
+        let tag = anticipated.unwrap_or_else(|| self.histories.new_tag());
         let hint = expected_start(&self.state, &self.rates, place);
         cache.enqueue(tag, wanted, hint);
         self.histories.tags.insert(id, tag);
@@ -362,6 +364,21 @@ impl<C: Cache> Engine<C> {
             None => self.state.waiting_mut(id),
         }
     }
+}
+
+/// What a turn with these tokens would like to read.
+pub(super) fn wanted(
+    state: &State,
+    labels: &Labels,
+    root: RootKey,
+    tokens: Arc<[u32]>,
+) -> Wanted {
+    let accept = match state.sets.reuse {
+        Reuse::Own => Accept::Own { variant: labels.own, numerics: labels.numerics },
+        Reuse::Any => Accept::Any,
+    };
+    let tokens_per_block = state.pool.tokens_per_block() as u16;
+    Wanted { root, accept, tokens, tokens_per_block }
 }
 
 /// When the sequence at `place` of the queue is expected to start: when all before it are computed.

@@ -42,6 +42,8 @@ pub struct EngineStats {
     pub loads: IntCounterVec,
     /// Blocks saved to frames, by outcome.
     pub saves: IntCounterVec,
+    /// Turns foretold by their clients, and what became of them.
+    pub anticipations: IntCounterVec,
     /// Whether a cache daemon is attached.
     pub cache_attached: IntGauge,
     /// Seconds from arrival to admission.
@@ -116,6 +118,11 @@ impl EngineStats {
             )?,
             loads: counters("cache_loads_total", "Loads of histories, by outcome.", "outcome")?,
             saves: counters("cache_saves_total", "Saves of blocks, by outcome.", "outcome")?,
+            anticipations: counters(
+                "anticipations_total",
+                "Turns foretold by their clients: told, and of those came, expired, gave_way.",
+                "outcome",
+            )?,
             cache_attached: gauge("cache_attached", "1 while a cache daemon is attached.")?,
             queue_seconds: histogram(
                 "request_queue_time_seconds",

@@ -104,6 +104,22 @@ impl ApiError {
         }
     }
 
+    /// 404: nothing is on record under this name.
+    pub fn no_such_conversation(id: &str) -> Self {
+        Self {
+            code: Some("conversation_not_found"),
+            param: Some("id".to_owned()),
+            ..Self::new(
+                StatusCode::NOT_FOUND,
+                "invalid_request_error",
+                format!(
+                    "Nothing is on record of the conversation `{id}` under this model and `cache_salt`: a turn is \
+                     recorded when its reply is complete and `X-Conversation-Id` named it."
+                ),
+            )
+        }
+    }
+
     /// 404: no such path.
     pub fn no_such_path(method: &str, path: &str) -> Self {
         Self {
@@ -152,6 +168,14 @@ impl ApiError {
     /// 503: try again.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+    }
+
+    /// 503: nobody keeps conversations between their turns now.
+    pub fn no_cache() -> Self {
+        Self {
+            code: Some("cache_unavailable"),
+            ..Self::unavailable("no cache daemon is attached now; turns are answered without it")
+        }
     }
 
     /// 500: ours to mend.

@@ -4,6 +4,7 @@
 //! [`openai`] says what requests mean and how answers look, [`generate`] goes to the engine and back,
 //! [`sse`] streams, [`conversations`] keeps the token ids of earlier turns; this file is the routes.
 
+pub mod anticipate;
 pub mod conversations;
 pub mod error;
 pub mod fields;
@@ -79,6 +80,8 @@ pub struct Service {
     pub conversations: Conversations,
     /// What http counts.
     pub metrics: Metrics,
+    /// 1 while a cache daemon is attached: the engine's own gauge.
+    pub cache_attached: prometheus::IntGauge,
     /// Whether admin calls are open.
     pub admin: bool,
     /// When the model was loaded.
@@ -184,6 +187,7 @@ pub fn routes(server: Arc<Server>) -> Router {
         .route("/v1/models/{model}", get(model))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
+        .route("/v1/conversations/{id}/anticipate", post(anticipate::anticipate))
         .route("/health", get(health))
         .route("/version", get(version))
         .route("/metrics", get(metrics_text))
@@ -209,6 +213,9 @@ fn route_label(path: &str) -> &'static str {
     ];
     if path.starts_with("/v1/models/") {
         return "/v1/models/{model}";
+    }
+    if path.starts_with("/v1/conversations/") && path.ends_with("/anticipate") {
+        return "/v1/conversations/{id}/anticipate";
     }
     ROUTES.into_iter().find(|route| *route == path).unwrap_or("other")
 }

@@ -297,7 +297,8 @@ fn take_stream_options(fields: &mut Fields) -> Result<bool, ApiError> {
     Ok(include_usage)
 }
 
-fn take_name(fields: &mut Fields, field: &str) -> Result<Option<String>, ApiError> {
+/// A cache salt or a conversation's name.
+pub(super) fn take_name(fields: &mut Fields, field: &str) -> Result<Option<String>, ApiError> {
     let name = fields.take::<String>(field)?;
     match name {
         Some(name) if name.len() > NAME_BYTES_MAX => Err(ApiError::field(

@@ -8,6 +8,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use kv_protocol::geometry::LayerSet;
+use kv_protocol::{BlockHeader, Dtype, Geometry, layout};
+use runtime::weights::gguf::Model;
 use serde_json::{Value, json};
 
 use daemon::{kill, until};
@@ -38,6 +41,45 @@ pub struct Runtime {
 pub struct Answer {
     pub text: String,
     pub cached_tokens: u64,
+    pub by_tier: ByTier,
+}
+
+/// Cached tokens of a prompt by the tier that had them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByTier {
+    pub device: u64,
+    pub host: u64,
+    pub disk: u64,
+}
+
+impl Answer {
+    fn read(reply: &Value) -> Self {
+        let text = reply.pointer("/choices/0/message/content").and_then(Value::as_str);
+        let details = &reply["usage"]["prompt_tokens_details"];
+        let number = |value: &Value| value.as_u64().unwrap_or(0);
+        let tier = |name: &str| number(&details["cached_tokens_by_tier"][name]);
+        Self {
+            text: text.unwrap_or_else(|| panic!("no answer in {reply}")).to_owned(),
+            cached_tokens: number(&details["cached_tokens"]),
+            by_tier: ByTier { device: tier("device"), host: tier("host"), disk: tier("disk") },
+        }
+    }
+}
+
+/// Bytes of a region with so many frames of a model's blocks.
+pub fn region_bytes(model: &Path, frames: u64) -> u64 {
+    let model = Model::open(model).expect("a model");
+    let shape = model.config();
+    let tokens = TOKENS_PER_BLOCK.try_into().expect("a small number");
+    let number = |of: usize| of.try_into().expect("a small model");
+    let (layers, heads) = (number(shape.layers), number(shape.kv_heads));
+    let dim = shape.head_dim.try_into().expect("a small model");
+    let layer_set = LayerSet::all(layers);
+    let geometry = Geometry::new(tokens, layers, heads, dim, Dtype::F16, layer_set);
+    let geometry = geometry.expect("the model's geometry");
+    let frame =
+        layout::FRAME_ENTRY_BYTES + BlockHeader::bytes(&geometry) as u64 + geometry.frame_bytes();
+    layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame
 }
 
 impl Runtime {
@@ -94,13 +136,21 @@ pub struct Client {
 }
 
 impl Client {
-    fn post(&self, path: &str, body: &Value) -> Value {
-        let url = format!("{}{path}", self.base);
-        let mut answer = self.agent.post(url).send(body.to_string()).expect("the runtime answers");
+    fn send(&self, path: &str, conversation: Option<&str>, body: &Value) -> (u16, Value) {
+        let mut request = self.agent.post(format!("{}{path}", self.base));
+        if let Some(name) = conversation {
+            request = request.header("X-Conversation-Id", name);
+        }
+        let mut answer = request.send(body.to_string()).expect("the runtime answers");
         let status = answer.status().as_u16();
         let text = answer.body_mut().read_to_string().expect("text");
-        assert_eq!(status, 200, "{text}");
-        serde_json::from_str(&text).unwrap_or_default()
+        (status, serde_json::from_str(&text).unwrap_or_default())
+    }
+
+    fn post(&self, path: &str, conversation: Option<&str>, body: &Value) -> Value {
+        let (status, answer) = self.send(path, conversation, body);
+        assert_eq!(status, 200, "{answer}");
+        answer
     }
 
     /// Text of a page.
@@ -112,24 +162,29 @@ impl Client {
 
     /// A greedy answer of six tokens. A fresh salt finds nothing in any tier.
     pub fn ask(&self, prompt: &[u32], salt: &str) -> Answer {
-        let reply = self.post(
-            "/v1/chat/completions",
-            &json!({
-                "prompt_token_ids": prompt, "max_tokens": 6, "temperature": 0,
-                "ignore_eos": true, "cache_salt": salt,
-            }),
-        );
-        let text = reply.pointer("/choices/0/message/content").and_then(Value::as_str);
-        let cached = reply.pointer("/usage/prompt_tokens_details/cached_tokens");
-        Answer {
-            text: text.unwrap_or_else(|| panic!("no answer in {reply}")).to_owned(),
-            cached_tokens: cached.and_then(Value::as_u64).unwrap_or(0),
-        }
+        let body = json!({
+            "prompt_token_ids": prompt, "max_tokens": 6, "temperature": 0,
+            "ignore_eos": true, "cache_salt": salt,
+        });
+        Answer::read(&self.post("/v1/chat/completions", None, &body))
+    }
+
+    /// A greedy answer of six tokens in a named conversation.
+    pub fn turn(&self, conversation: &str, messages: &[Value]) -> Answer {
+        let body = json!({
+            "messages": messages, "max_tokens": 6, "temperature": 0, "ignore_eos": true,
+        });
+        Answer::read(&self.post("/v1/chat/completions", Some(conversation), &body))
+    }
+
+    /// Says that a conversation's user types: status and body of the answer.
+    pub fn anticipate(&self, conversation: &str, body: &Value) -> (u16, Value) {
+        self.send(&format!("/v1/conversations/{conversation}/anticipate"), None, body)
     }
 
     /// The next turns load their history from frames.
     pub fn clear_device(&self) {
-        self.post("/admin/device-cache/clear", &json!({}));
+        self.post("/admin/device-cache/clear", None, &json!({}));
     }
 }
 

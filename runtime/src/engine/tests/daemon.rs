@@ -135,6 +135,13 @@ impl ToyCache {
     pub fn new(daemon: Arc<Mutex<Daemon>>) -> Self {
         Self { daemon, wanted: HashMap::new() }
     }
+
+    /// Turns that the daemon knows of, in the order of their tags.
+    pub fn tags(&self) -> Vec<SequenceTag> {
+        let mut tags: Vec<_> = self.wanted.keys().copied().collect();
+        tags.sort_unstable();
+        tags
+    }
 }
 
 fn found(index: usize, wanted: &Wanted, stored: &Stored) -> Option<HostBlock> {

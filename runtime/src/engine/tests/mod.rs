@@ -1,5 +1,6 @@
 //! The engine over a toy model that notices every wrong byte, and a cache that does what a test says.
 
+mod anticipation;
 mod backend;
 mod daemon;
 mod on_cpu;
