@@ -89,6 +89,8 @@ pub struct CachedBlock {
     pub index: u32,
     /// Leading tokens that are the query's own: a whole block, or fewer of a tail.
     pub tokens: u32,
+    /// Whether those are all that the block has.
+    pub is_whole: bool,
     /// The bytes; dropping the last clone returns the pin.
     pub frame: Arc<FrameSpan>,
     /// CRC32C of each packed row.
@@ -703,6 +705,7 @@ impl Attachment {
         Ok((tokens > 0).then(|| CachedBlock {
             index: block.index,
             tokens: tokens as u32,
+            is_whole: tokens == header.tokens().len(),
             frame: span,
             checksums: header.checksums().collect(),
             variant,

@@ -28,17 +28,18 @@ use kv_protocol::message::CommitOutcome;
 use kv_protocol::{Dtype, Geometry};
 use tokio::sync::oneshot;
 
+use crate::account::{Account, Missing};
 use crate::adaskip::SkipSet;
 use crate::adaskip::policy::SkipConfig;
 use crate::adaskip::presence::SkipSets;
 use crate::batch::{Backend, BackendEvent, Phase, RowOutput, SequenceId, StepId, StepOutput};
 use crate::block_pool::BlockPool;
 use crate::cache_client::{
-    CacheClient, CacheConfig, ConversationId, Doorbell, Fingerprint, NumericsTag, RootKey,
-    Unavailable, Waker,
+    CacheClient, CacheConfig, ConversationId, Doorbell, Fingerprint, MissReason, NumericsTag,
+    RootKey, Unavailable, Waker,
 };
 use crate::overlap::Rates;
-use crate::request::{CachedTokens, Command, Event, FinishReason, Generate, GenerateError};
+use crate::request::{Command, Event, FinishReason, Generate, GenerateError};
 use crate::scheduler::{self, Limits, State};
 use crate::sequence::Sequence;
 use crate::variant;
@@ -515,9 +516,7 @@ impl<C: Cache> Engine<C> {
                 cache::Event::Found { tag, blocks, on_disk, miss } => {
                     self.found(tag, blocks, on_disk, miss);
                 }
-                cache::Event::Promoted { tag, blocks, miss } => {
-                    self.found(tag, blocks, 0, miss);
-                }
+                cache::Event::Promoted { tag, blocks, miss } => self.promoted(tag, blocks, miss),
                 cache::Event::Committed(outcome) => {
                     let outcome = match outcome {
                         CommitOutcome::Stored => "stored",
@@ -594,28 +593,29 @@ impl<C: Cache> Engine<C> {
         for (id, end) in ended {
             if let Some(at) = self.state.running_index(id) {
                 let sequence = self.state.running.remove(at);
-                sequence.send(end(sequence.cached));
+                sequence.send(end);
                 self.close(sequence);
             }
         }
     }
 
     /// Takes a sampled token over. Whether, and how, the reply ends with it.
-    fn sampled(&mut self, at: usize, result: RowOutput) -> Option<fn(CachedTokens) -> Event> {
+    fn sampled(&mut self, at: usize, result: RowOutput) -> Option<Event> {
+        self.count_prompt(at);
         let sequence = &mut self.state.running[at];
         let Some(token) = result.token else {
-            return Some(|_| Event::Failed(GenerateError::Backend));
+            return Some(Event::Failed(GenerateError::Backend));
         };
         self.stats.generated_tokens.inc();
         if sequence.stop_tokens.contains(&token.token) {
-            return Some(|cached| Event::Finished(FinishReason::Stop, cached));
+            return Some(Event::Finished(FinishReason::Stop));
         }
         if sequence.reply_len() < sequence.tokens_max {
             sequence.push(token.token);
             sequence.send(Event::Token { token, alternatives: result.alternatives });
         }
         (sequence.reply_len() >= sequence.tokens_max)
-            .then_some(|cached| Event::Finished(FinishReason::Length, cached))
+            .then_some(Event::Finished(FinishReason::Length))
     }
 
     /// Names the blocks that became full since `was` tokens, so that others find them.
@@ -632,27 +632,41 @@ impl<C: Cache> Engine<C> {
     /// A sequence joined the steps.
     fn admitted(&mut self, id: SequenceId, now: Duration) {
         let Some(at) = self.state.running_index(id) else { return };
+        // Preempted before: its second look at the cache is not a new hit.
+        if self.state.running[at].account.is_none() {
+            let account = self.account(&self.state.running[at]);
+            self.state.running[at].account = Some(account);
+        }
         let sequence = &mut self.state.running[at];
-        if sequence.started {
-            // Preempted before, or its load failed: its second look at the cache is not a new hit.
-            return;
+        if !std::mem::replace(&mut sequence.started, true) {
+            self.stats.queue_seconds.observe(now.saturating_sub(sequence.arrived).as_secs_f64());
+            sequence.send(Event::Started);
         }
-        sequence.started = true;
-        sequence.cached = sequence.placed;
-        let cached = sequence.cached;
-        self.stats.queue_seconds.observe(now.saturating_sub(sequence.arrived).as_secs_f64());
-        self.stats.prompt_tokens.inc_by(sequence.prompt_len.into());
-        for (tier, tokens) in
-            [("device", cached.device), ("host", cached.host), ("disk", cached.disk)]
-        {
-            self.stats.cached_tokens.with_label_values(&[tier]).inc_by(tokens.into());
-        }
-        let missed = sequence.reusable(&self.state.sets).saturating_sub(cached.total());
-        if missed > 0 && self.cache.is_some() {
-            let reason = sequence.miss.map_or("never_stored", |reason| reason.label());
-            self.stats.misses.with_label_values(&[reason]).inc_by(missed.into());
-        }
-        sequence.send(Event::Started(cached));
+    }
+
+    /// Where the prompt of a sequence comes from, as its blocks are reserved now.
+    fn account(&self, sequence: &Sequence) -> Account {
+        let for_all = |end| Missing { withheld: None, end };
+        let missing = if sequence.cache.no_read {
+            for_all(MissReason::NoRead)
+        } else if sequence.shuns_frames {
+            for_all(MissReason::Checksum)
+        } else if self.cache.is_none() {
+            for_all(MissReason::Off)
+        } else {
+            let end = sequence.miss.unwrap_or(MissReason::NeverStored);
+            Missing { withheld: sequence.withheld, end }
+        };
+        Account::new(sequence.prompt_len, sequence.placed, missing)
+    }
+
+    /// Counts where a prompt came from, once: its KV is complete, so that no load can fail any more.
+    fn count_prompt(&mut self, at: usize) {
+        let sequence = &mut self.state.running[at];
+        let Some(account) = sequence.account.filter(|_| !sequence.is_counted) else { return };
+        sequence.is_counted = true;
+        sequence.send(Event::Prompt(account));
+        self.stats.count_prompt(&account);
     }
 
     /// Ends a sequence: its last block is named and, with the others, saved.

@@ -3,6 +3,7 @@
 //! Reading order: [`server`], [`http`], [`request`], [`engine`], [`scheduler`], [`sequence`],
 //! [`block_pool`], [`batch`], [`backend`].
 
+pub mod account;
 pub mod adaskip;
 pub mod backend;
 pub mod batch;

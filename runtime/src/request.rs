@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::account::Account;
 use crate::cache_client::Unavailable;
 
 /// What the client asked to be generated; token ids are final (template and tokenizer ran before).
@@ -85,6 +86,11 @@ pub struct CachedTokens {
 }
 
 impl CachedTokens {
+    /// With the tiers' names: metric labels and fields of `usage`.
+    pub fn by_tier(self) -> [(&'static str, u32); 3] {
+        [("device", self.device), ("host", self.host), ("disk", self.disk)]
+    }
+
     /// Of all tiers.
     pub fn total(self) -> u32 {
         self.device + self.host + self.disk
@@ -100,11 +106,13 @@ pub enum FinishReason {
     Length,
 }
 
-/// Progress of one generation, in order: one `Started`, tokens, one `Finished`; or a `Failed`.
+/// Progress of one generation, in order: `Started` and `Prompt` once, tokens, one `Finished`; or a `Failed`.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Admitted: what of the prompt came from which tier.
-    Started(CachedTokens),
+    /// Admitted.
+    Started,
+    /// The prompt's KV is complete: where each of its tokens came from, for good.
+    Prompt(Account),
     /// One more token of the reply.
     Token {
         /// Id and log-probability.
@@ -113,7 +121,7 @@ pub enum Event {
         alternatives: Vec<crate::batch::TokenLogprob>,
     },
     /// The end.
-    Finished(FinishReason, CachedTokens),
+    Finished(FinishReason),
     /// The engine cannot serve this (for example shutting down); nothing follows.
     Failed(GenerateError),
 }

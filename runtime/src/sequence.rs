@@ -21,6 +21,7 @@ use std::time::Duration;
 use kv_protocol::{BlockKey, MissReason, RootKey};
 use tokio::sync::mpsc;
 
+use crate::account::{Account, Withheld};
 use crate::adaskip::SkipSet;
 use crate::adaskip::importance::ImportanceSum;
 use crate::adaskip::policy::Reuse;
@@ -130,12 +131,16 @@ pub struct Sequence {
     pub waits: Vec<LoadId>,
     /// Full blocks of the table that are saved, being saved, or known to be in a frame.
     pub saved_blocks: u32,
-    /// Where its prompt was found, at its first admission.
-    pub cached: CachedTokens,
+    /// Where its prompt was found, at its first admission; again after a load that failed.
+    pub account: Option<Account>,
+    /// Whether that was counted: once its first token is sampled.
+    pub is_counted: bool,
     /// What it found when its blocks were reserved.
     pub placed: CachedTokens,
     /// Why the rest was not found.
     pub miss: Option<MissReason>,
+    /// What was there and could not be had.
+    pub withheld: Option<Withheld>,
     /// Whether `Event::Started` was sent.
     pub started: bool,
     /// A load into its table failed: nothing computed since is worth anything.
@@ -185,9 +190,11 @@ impl Sequence {
             offer: Offer::default(),
             waits: Vec::new(),
             saved_blocks: 0,
-            cached: CachedTokens::default(),
+            account: None,
+            is_counted: false,
             placed: CachedTokens::default(),
             miss: None,
+            withheld: None,
             started: false,
             broken: false,
             shuns_frames: false,
@@ -369,6 +376,7 @@ impl Sequence {
         self.offer = Offer::default();
         self.placed = CachedTokens::default();
         self.miss = None;
+        self.withheld = None;
         self.broken = false;
         self.gate = Gate::Unasked;
     }

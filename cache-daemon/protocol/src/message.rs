@@ -146,11 +146,17 @@ pub enum MissReason {
     Io = 11,
     /// No daemon.
     Detached = 12,
+    /// The request forbids reading.
+    NoRead = 13,
+    /// There is no cache behind the device.
+    Off = 14,
+    /// The last token of a prompt is computed even if all is known: the reply is drawn from it.
+    LastToken = 15,
 }
 
 impl MissReason {
     /// All reasons, for metrics.
-    pub const ALL: [MissReason; 12] = [
+    pub const ALL: [MissReason; 15] = [
         MissReason::NeverStored,
         MissReason::Diverged,
         MissReason::Evicted,
@@ -163,6 +169,9 @@ impl MissReason {
         MissReason::SlowerThanRecompute,
         MissReason::Io,
         MissReason::Detached,
+        MissReason::NoRead,
+        MissReason::Off,
+        MissReason::LastToken,
     ];
 
     /// Label of metrics.
@@ -180,6 +189,9 @@ impl MissReason {
             MissReason::SlowerThanRecompute => "slower_than_recompute",
             MissReason::Io => "io",
             MissReason::Detached => "detached",
+            MissReason::NoRead => "no_read",
+            MissReason::Off => "off",
+            MissReason::LastToken => "last_token",
         }
     }
 

@@ -20,6 +20,8 @@ pub struct HostBlock {
     pub index: u32,
     /// Leading tokens that are the asker's own: a whole block, or fewer where the chain ends.
     pub tokens: u32,
+    /// Whether those are all that the block has.
+    pub is_whole: bool,
     /// The bytes.
     pub frame: Arc<dyn FrameBytes>,
     /// CRC32C of each packed row.
@@ -112,6 +114,7 @@ impl From<CachedBlock> for HostBlock {
         Self {
             index: block.index,
             tokens: block.tokens,
+            is_whole: block.is_whole,
             frame: block.frame,
             checksums: block.checksums,
             variant: block.variant,

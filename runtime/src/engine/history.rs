@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::account::Withheld;
 use crate::adaskip::policy::Reuse;
 use crate::batch::{BlockId, LoadBlock, LoadId, LoadPlan, SequenceId};
 use crate::block_pool::Origin;
@@ -37,7 +38,9 @@ pub struct Ask {
     sequence: SequenceId,
     /// What was found, by place.
     blocks: Vec<HostBlock>,
-    /// Tokens on their way from disk, and since when.
+    /// Blocks on their way from disk; not known before the first answer.
+    on_disk: Option<u32>,
+    /// Of those, the tokens that are waited for, and since when.
     awaited: Option<(u32, Duration)>,
 }
 
@@ -96,7 +99,8 @@ impl<C: Cache> Engine<C> {
         let hint = expected_start(&self.state, &self.rates, place);
         cache.enqueue(tag, wanted, hint);
         self.histories.tags.insert(id, tag);
-        self.histories.asks.insert(tag, Ask { sequence: id, blocks: Vec::new(), awaited: None });
+        let ask = Ask { sequence: id, blocks: Vec::new(), on_disk: None, awaited: None };
+        self.histories.asks.insert(tag, ask);
     }
 
     /// Tells the cache where the first waiting sequences stand now.
@@ -117,11 +121,13 @@ impl<C: Cache> Engine<C> {
         for sequence in waiting.iter_mut().take(limits.sequences_max) {
             match sequence.gate {
                 Gate::Asked { until } if now >= until => {
-                    sequence.miss = Some(MissReason::Late);
-                    sequence.gate = Gate::Open;
                     let tag = self.histories.tags.get(&sequence.id);
-                    let ask = tag.and_then(|tag| self.histories.asks.get_mut(tag));
-                    if let Some((tokens, since)) = ask.and_then(|ask| ask.awaited.take()) {
+                    let mut ask = tag.and_then(|tag| self.histories.asks.get_mut(tag));
+                    let on_disk = ask.as_ref().and_then(|ask| ask.on_disk);
+                    let tokens = on_disk.map_or(u32::MAX, |blocks| blocks * pool.tokens_per_block());
+                    sequence.withheld = Some(Withheld { reason: MissReason::Late, tokens });
+                    sequence.gate = Gate::Open;
+                    if let Some((tokens, since)) = ask.as_mut().and_then(|ask| ask.awaited.take()) {
                         self.rates.observe_late_promote(tokens, now.saturating_sub(since));
                     }
                 }
@@ -161,8 +167,8 @@ impl<C: Cache> Engine<C> {
         self.state.waiting.iter().filter_map(until).min()
     }
 
-    /// The cache has found, or promoted, blocks; `on_disk` others are on their way. Those are waited for if they
-    /// can be here before they could be computed.
+    /// The cache has found blocks; `on_disk` others are on their way, and are waited for if they can be here
+    /// before they could be computed. `miss` says why the chain ends.
     pub(super) fn found(
         &mut self,
         tag: SequenceTag,
@@ -173,7 +179,50 @@ impl<C: Cache> Engine<C> {
         let now = (self.clock)();
         let tokens = on_disk * self.state.pool.tokens_per_block();
         let Some(ask) = self.histories.asks.get_mut(&tag) else { return };
+        ask.on_disk = Some(on_disk);
         let Some(sequence) = self.state.waiting_mut(ask.sequence) else { return };
+        sequence.miss = miss;
+        let is_asked = matches!(sequence.gate, Gate::Asked { .. });
+        if is_asked && on_disk > 0 && self.rates.promote_pays(tokens) {
+            ask.awaited = Some((tokens, now));
+        } else if is_asked {
+            if on_disk > 0 {
+                self.rates.doubt_promote();
+                let reason = MissReason::SlowerThanRecompute;
+                sequence.withheld = Some(Withheld { reason, tokens });
+            }
+            sequence.gate = Gate::Open;
+        }
+        self.offer(tag, blocks);
+    }
+
+    /// What was on its way is here. `miss` says why one block did not come.
+    pub(super) fn promoted(
+        &mut self,
+        tag: SequenceTag,
+        blocks: Vec<HostBlock>,
+        miss: Option<MissReason>,
+    ) {
+        let (now, size) = ((self.clock)(), self.state.pool.tokens_per_block());
+        let Some(ask) = self.histories.asks.get_mut(&tag) else { return };
+        if let Some((tokens, since)) = ask.awaited.take() {
+            self.rates.observe_promote(tokens, now.saturating_sub(since));
+        }
+        let on_disk = ask.on_disk.replace(0).unwrap_or(0);
+        let tokens = on_disk.saturating_sub(blocks.len() as u32) * size;
+        if let Some(sequence) = self.offer(tag, blocks) {
+            sequence.withheld = miss.map(|reason| Withheld { reason, tokens });
+            if matches!(sequence.gate, Gate::Asked { .. }) {
+                sequence.gate = Gate::Open;
+            }
+        }
+    }
+
+    /// Offers a waiting sequence what is in frames for it.
+    fn offer(&mut self, tag: SequenceTag, blocks: Vec<HostBlock>) -> Option<&mut Sequence> {
+        let tokens_per_block = self.state.pool.tokens_per_block();
+        let ask = self.histories.asks.get_mut(&tag)?;
+        let sequence = self.state.waiting_mut(ask.sequence)?;
         ask.blocks.extend(blocks);
         // Of several blocks for one place the one that helps most.
         ask.blocks.sort_by_key(|block| (block.index, Reverse(block.tokens)));
@@ -183,33 +232,24 @@ impl<C: Cache> Engine<C> {
             (block.index, Offered { tokens: block.tokens, origin })
         });
         sequence.offer = offered.collect();
-        sequence.miss = miss.or(sequence.miss);
-        if let Some((tokens, since)) = ask.awaited.take() {
-            self.rates.observe_promote(tokens, now.saturating_sub(since));
-        }
-        let is_asked = matches!(sequence.gate, Gate::Asked { .. });
-        if is_asked && on_disk > 0 && self.rates.promote_pays(tokens) {
-            ask.awaited = Some((tokens, now));
-        } else if is_asked {
-            if on_disk > 0 {
-                self.rates.doubt_promote();
-                sequence.miss = Some(MissReason::SlowerThanRecompute);
-            }
-            sequence.gate = Gate::Open;
-        }
+        // A chain that ends behind the whole of a tail has not gone another way than before: it goes on.
+        let goes_on =
+            ask.blocks.last().is_some_and(|last| last.is_whole && last.tokens < tokens_per_block);
+        sequence.miss = sequence.miss.filter(|miss| !goes_on || *miss != MissReason::Diverged);
+        Some(sequence)
     }
 
     /// The daemon is gone, or another one is there: what was found or asked under the old attachment is
     /// void. Sequences that were not placed yet ask again, or go on without.
     pub(super) fn reattached(&mut self) {
         for ask in self.histories.asks.values_mut() {
-            ask.blocks.clear();
-            ask.awaited = None;
+            (ask.blocks, ask.on_disk, ask.awaited) = (Vec::new(), None, None);
         }
         for sequence in &mut self.state.waiting {
             if !matches!(sequence.gate, Gate::Placed { .. }) {
                 sequence.gate = Gate::Unasked;
                 sequence.offer = Offer::default();
+                sequence.withheld = None;
             }
         }
     }
@@ -272,11 +312,12 @@ impl<C: Cache> Engine<C> {
             };
             self.histories.loads.insert(load, load_state);
         }
-        let slower = placement.slower_than_recompute > 0;
+        let tokens = placement.slower_than_recompute;
         if let Some(sequence) = self.sequence_mut(id) {
             sequence.placed = cached;
-            if slower {
-                sequence.miss = Some(MissReason::SlowerThanRecompute);
+            if tokens > 0 {
+                let reason = MissReason::SlowerThanRecompute;
+                sequence.withheld = Some(Withheld { reason, tokens });
             }
         }
     }
@@ -351,8 +392,8 @@ impl<C: Cache> Engine<C> {
             }
             if let Some(sequence) = self.state.waiting_mut(id) {
                 sequence.shuns_frames = true;
-                sequence.miss = Some(MissReason::Checksum);
-                sequence.cached = CachedTokens::default();
+                // Unless its prompt was complete once: then this is KV of its own that has to come again.
+                sequence.account = sequence.account.filter(|_| sequence.is_counted);
             }
         }
     }

@@ -4,6 +4,8 @@
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
+use crate::account::Account;
+
 /// Seconds from arrival to admission.
 const QUEUE_SECONDS: &[f64] =
     &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
@@ -24,10 +26,12 @@ pub struct EngineStats {
     pub blocks_used: IntGauge,
     /// Device blocks of the pool.
     pub blocks: IntGauge,
-    /// Prompt tokens admitted, cached ones included.
-    pub prompt_tokens: IntCounter,
-    /// Prompt tokens not computed, by tier.
-    pub cached_tokens: IntCounterVec,
+    /// Tokens of prompts whose KV is complete.
+    pub cache_query_tokens: IntCounter,
+    /// Of those: found, by tier.
+    pub cache_hit_tokens: IntCounterVec,
+    /// Of those: computed, by reason.
+    pub cache_miss_tokens: IntCounterVec,
     /// Tokens sampled.
     pub generated_tokens: IntCounter,
     /// Tokens computed a second time: preempted, or their load failed.
@@ -36,8 +40,6 @@ pub struct EngineStats {
     pub preemptions: IntCounter,
     /// Sequences whose client went away.
     pub cancelled: IntCounter,
-    /// Prompt blocks looked up and not used, by reason.
-    pub misses: IntCounterVec,
     /// Loads by outcome.
     pub loads: IntCounterVec,
     /// Blocks saved to frames, by outcome.
@@ -98,11 +100,19 @@ impl EngineStats {
                 "Device blocks held by sequences and copies.",
             )?,
             blocks: gauge("device_blocks", "Device blocks of the pool.")?,
-            prompt_tokens: counter("engine_prompt_tokens_total", "Prompt tokens admitted.")?,
-            cached_tokens: counters(
-                "engine_cached_tokens_total",
-                "Prompt tokens whose KV was found, by tier.",
+            cache_query_tokens: counter(
+                "cache_query_tokens_total",
+                "Prompt tokens, counted when the KV of their prompt is complete: the sum of hits and misses.",
+            )?,
+            cache_hit_tokens: counters(
+                "cache_hit_tokens_total",
+                "Prompt tokens whose KV was found, by the tier that held it.",
                 "tier",
+            )?,
+            cache_miss_tokens: counters(
+                "cache_miss_tokens_total",
+                "Prompt tokens that had to be computed, by reason.",
+                "reason",
             )?,
             generated_tokens: counter("engine_generated_tokens_total", "Tokens sampled.")?,
             recomputed_tokens: counter(
@@ -111,11 +121,6 @@ impl EngineStats {
             )?,
             preemptions: counter("num_preemptions_total", "Sequences put back into the queue.")?,
             cancelled: counter("requests_cancelled_total", "Sequences whose client went away.")?,
-            misses: counters(
-                "cache_miss_tokens_total",
-                "Prompt tokens that had to be computed, by reason.",
-                "reason",
-            )?,
             loads: counters("cache_loads_total", "Loads of histories, by outcome.", "outcome")?,
             saves: counters("cache_saves_total", "Saves of blocks, by outcome.", "outcome")?,
             anticipations: counters(
@@ -142,6 +147,17 @@ impl EngineStats {
                 "Sequences that skip further FFNs in decode.",
             )?,
         })
+    }
+
+    /// The KV of a prompt is complete.
+    pub fn count_prompt(&self, account: &Account) {
+        self.cache_query_tokens.inc_by(account.total().into());
+        for (tier, tokens) in account.cached.by_tier() {
+            self.cache_hit_tokens.with_label_values(&[tier]).inc_by(tokens.into());
+        }
+        for (reason, tokens) in account.misses() {
+            self.cache_miss_tokens.with_label_values(&[reason.label()]).inc_by(tokens.into());
+        }
     }
 }
 

@@ -12,7 +12,8 @@ use super::error::ApiError;
 use super::metrics::Watch;
 use super::openai::{Prompt, ReplyRequest, Usage};
 use super::reply::{Delta, Reply, TokenReport};
-use crate::request::{CachedTokens, Command, Event, FinishReason, Generate, Salt};
+use crate::account::Account;
+use crate::request::{Command, Event, FinishReason, Generate, Salt};
 use crate::text::quote;
 use crate::text::template::TemplateMessage;
 use crate::text::tokenizer::Specials;
@@ -25,7 +26,7 @@ pub struct Generation {
     reply: Reply,
     watch: Watch,
     prompt_tokens: usize,
-    cached: CachedTokens,
+    account: Account,
     turn: Option<Turn>,
 }
 
@@ -42,7 +43,7 @@ struct Turn {
 /// What a generation said.
 #[derive(Debug)]
 pub enum Step {
-    /// It was admitted.
+    /// It was admitted, or its prompt is complete.
     Started,
     /// More of the reply, possibly nothing to show.
     Delta(Delta),
@@ -106,7 +107,7 @@ impl Generation {
             events,
             reply: Reply::new(request.stops.clone()),
             prompt_tokens,
-            cached: CachedTokens::default(),
+            account: Account::default(),
             turn: prepared.turn.filter(|_| !request.cache.no_store),
         })
     }
@@ -118,8 +119,9 @@ impl Generation {
             return Err(ApiError::internal("the engine stopped before the reply was complete"));
         };
         match event {
-            Event::Started(cached) => {
-                self.cached = cached;
+            Event::Started => Ok(Step::Started),
+            Event::Prompt(account) => {
+                self.account = account;
                 Ok(Step::Started)
             }
             Event::Token { token, alternatives } => {
@@ -133,8 +135,7 @@ impl Generation {
                 }
                 Ok(Step::Delta(delta))
             }
-            Event::Finished(reason, cached) => {
-                self.cached = cached;
+            Event::Finished(reason) => {
                 let delta = self.reply.finish();
                 self.end(reason);
                 Ok(Step::Finished(delta, reason))
@@ -148,11 +149,12 @@ impl Generation {
 
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
-        Usage { prompt: self.prompt_tokens, reply: self.reply.token_count(), cached: self.cached }
+        let (prompt, reply) = (self.prompt_tokens, self.reply.token_count());
+        Usage { prompt, reply, account: self.account }
     }
 
     fn end(&mut self, reason: FinishReason) {
-        self.watch.finished(reason, self.cached);
+        self.watch.finished(reason);
         if let Some(turn) = self.turn.take() {
             self.record(turn);
         }

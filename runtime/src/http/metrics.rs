@@ -11,7 +11,7 @@ use prometheus::{
 use tokio::time::Instant;
 
 use super::conversations::Divergence;
-use crate::request::{CachedTokens, FinishReason};
+use crate::request::FinishReason;
 
 /// From a cached turn on a GPU to a long cold prompt on a few cores.
 const FIRST_TOKEN_SECONDS: &[f64] = &[
@@ -37,7 +37,6 @@ pub struct Metrics {
     finished: IntCounterVec,
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
-    cached_tokens: IntCounterVec,
     first_token_seconds: Histogram,
     inter_token_seconds: Histogram,
     request_seconds: Histogram,
@@ -90,11 +89,6 @@ impl Metrics {
             )?,
             prompt_tokens: counter("prompt_tokens_total", "Tokens of prompts.")?,
             generation_tokens: counter("generation_tokens_total", "Tokens of replies.")?,
-            cached_tokens: counters(
-                "prompt_tokens_cached_total",
-                "Tokens of prompts that were not computed, by the tier that held their KV.",
-                &["tier"],
-            )?,
             first_token_seconds: histogram(
                 "time_to_first_token_seconds",
                 "From the request's arrival to the first token of its reply.",
@@ -189,12 +183,7 @@ impl Watch {
     }
 
     /// The reply is whole.
-    pub fn finished(&mut self, reason: FinishReason, cached: CachedTokens) {
-        for (tier, tokens) in
-            [("device", cached.device), ("host", cached.host), ("disk", cached.disk)]
-        {
-            self.metrics.cached_tokens.with_label_values(&[tier]).inc_by(tokens.into());
-        }
+    pub fn finished(&mut self, reason: FinishReason) {
         self.end(match reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",

@@ -1,12 +1,13 @@
 //! The OpenAI API's words: what requests mean, and how answers look. No generation happens here.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::TokenReport;
+use crate::account::Account;
 use crate::batch::TokenLogprob;
-use crate::request::{CacheUse, CachedTokens, FinishReason, SamplingParams};
+use crate::request::{CacheUse, FinishReason, SamplingParams};
 use crate::text::template::TemplateMessage;
 use crate::text::tokenizer::Tokenizer;
 
@@ -368,23 +369,23 @@ pub struct Usage {
     pub prompt: usize,
     /// Tokens of the reply.
     pub reply: usize,
-    /// Of the prompt's tokens: those not computed.
-    pub cached: CachedTokens,
+    /// Where the prompt's tokens came from.
+    pub account: Account,
 }
 
 impl Usage {
     fn json(self) -> Value {
+        let cached = self.account.cached;
+        let by_tier: Map<_, _> = cached.by_tier().map(|(tier, n)| (tier.into(), n.into())).into();
+        let missed = self.account.misses().map(|(reason, n)| (reason.label().into(), n.into()));
         json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.reply,
             "total_tokens": self.prompt + self.reply,
             "prompt_tokens_details": {
-                "cached_tokens": self.cached.total(),
-                "cached_tokens_by_tier": {
-                    "device": self.cached.device,
-                    "host": self.cached.host,
-                    "disk": self.cached.disk,
-                },
+                "cached_tokens": cached.total(),
+                "cached_tokens_by_tier": Value::Object(by_tier),
+                "missed_tokens_by_reason": Value::Object(missed.collect()),
             },
         })
     }

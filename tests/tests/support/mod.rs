@@ -42,6 +42,8 @@ pub struct Answer {
     pub text: String,
     pub cached_tokens: u64,
     pub by_tier: ByTier,
+    /// As the API gives it.
+    pub usage: Value,
 }
 
 /// Cached tokens of a prompt by the tier that had them.
@@ -62,6 +64,7 @@ impl Answer {
             text: text.unwrap_or_else(|| panic!("no answer in {reply}")).to_owned(),
             cached_tokens: number(&details["cached_tokens"]),
             by_tier: ByTier { device: tier("device"), host: tier("host"), disk: tier("disk") },
+            usage: reply["usage"].clone(),
         }
     }
 }
@@ -175,6 +178,18 @@ impl Client {
             "messages": messages, "max_tokens": 6, "temperature": 0, "ignore_eos": true,
         });
         Answer::read(&self.post("/v1/chat/completions", Some(conversation), &body))
+    }
+
+    /// A counter, summed over its labels.
+    pub fn metric(&self, name: &str) -> u64 {
+        let url = format!("{}/metrics", self.base);
+        let mut answer = self.agent.get(url).call().expect("the runtime answers");
+        let text = answer.body_mut().read_to_string().expect("text");
+        let lines = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+        });
+        let value = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
+        lines.filter_map(value).map(|value| value as u64).sum()
     }
 
     /// Says that a conversation's user types: status and body of the answer.

@@ -152,6 +152,7 @@ fn found(index: usize, wanted: &Wanted, stored: &Stored) -> Option<HostBlock> {
     (takes && tokens > 0).then(|| HostBlock {
         index: index as u32,
         tokens: tokens as u32,
+        is_whole: tokens == stored.tokens.len(),
         frame: stored.frame.clone(),
         checksums: stored.checksums.clone(),
         variant: stored.variant,

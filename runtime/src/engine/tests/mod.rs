@@ -3,6 +3,7 @@
 mod anticipation;
 mod backend;
 mod daemon;
+mod hits_and_misses;
 mod on_cpu;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::*;
 use crate::adaskip::policy::Reuse;
 use crate::cache_client::Variant;
-use crate::request::{CacheUse, Salt, SamplingParams};
+use crate::request::{CacheUse, CachedTokens, Salt, SamplingParams};
 use backend::{Knobs, LAYERS, TOKENS_PER_BLOCK, ToyBackend, VOCABULARY};
 use daemon::{Daemon, ToyCache};
 
@@ -105,8 +106,9 @@ fn roomy() -> RigConfig {
 struct Reply {
     tokens: Vec<u32>,
     finish: Option<FinishReason>,
-    started: Option<CachedTokens>,
+    started: bool,
     cached: CachedTokens,
+    account: Option<Account>,
     error: Option<GenerateError>,
 }
 
@@ -137,15 +139,20 @@ fn reply(receiver: &mut mpsc::UnboundedReceiver<Event>) -> Reply {
     let mut reply = Reply::default();
     while let Ok(event) = receiver.try_recv() {
         match event {
-            Event::Started(cached) => {
-                assert_eq!(reply.started, None, "started twice");
-                assert!(reply.tokens.is_empty(), "a token before the start");
-                reply.started = Some(cached);
+            Event::Started => {
+                assert!(!reply.started, "started twice");
+                assert_eq!(reply.account, None, "a prompt before the start");
+                reply.started = true;
+            }
+            Event::Prompt(account) => {
+                assert_eq!(reply.account, None, "counted twice");
+                assert!(reply.tokens.is_empty(), "a token before its prompt");
+                (reply.account, reply.cached) = (Some(account), account.cached);
             }
             Event::Token { token, .. } => reply.tokens.push(token.token),
-            Event::Finished(finish, cached) => {
+            Event::Finished(finish) => {
                 assert_eq!(reply.finish, None, "finished twice");
-                (reply.finish, reply.cached) = (Some(finish), cached);
+                reply.finish = Some(finish);
             }
             Event::Failed(error) => reply.error = Some(error),
         }
@@ -292,7 +299,7 @@ fn the_second_turn_finds_the_first_on_the_device_down_to_its_tail() {
     // All but the last sampled token, which has no KV yet, and what was just said.
     assert_eq!(reply.cached, CachedTokens { device: 26, host: 0, disk: 0 });
     assert_eq!(reply.tokens, cold(SkipConfig::OFF, &second, 5));
-    assert_eq!(reply.started, Some(reply.cached));
+    assert!(reply.started);
 }
 
 #[test]
@@ -432,7 +439,7 @@ fn a_daemon_that_does_not_answer_costs_no_more_than_computing() {
         let second = next_turn(&first, &answer, &[9, 8]);
         let limit = rig.engine.rates.prefill_time(second.len() as u32);
         let mut receiver = rig.submit(&second, 5);
-        while reply_started(&mut receiver).is_none() {
+        while !has_started(&mut receiver) {
             rig.step();
             let waited = (rig.engine.clock)().saturating_sub(before);
             assert!(waited <= limit + Duration::from_millis(20), "waited {waited:?} of {limit:?}");
@@ -441,11 +448,8 @@ fn a_daemon_that_does_not_answer_costs_no_more_than_computing() {
     }
 }
 
-fn reply_started(receiver: &mut mpsc::UnboundedReceiver<Event>) -> Option<CachedTokens> {
-    match receiver.try_recv() {
-        Ok(Event::Started(cached)) => Some(cached),
-        _ => None,
-    }
+fn has_started(receiver: &mut mpsc::UnboundedReceiver<Event>) -> bool {
+    matches!(receiver.try_recv(), Ok(Event::Started))
 }
 
 #[test]
@@ -459,7 +463,7 @@ fn others_go_on_while_one_waits_for_the_disk() {
     let mut waits = rig.submit(&next_turn(&first, &answer, &[9, 8]), 5);
     let mut goes = rig.submit(&prompt(5, 9), 3);
     while reply(&mut goes).finish.is_none() {
-        assert_eq!(reply_started(&mut waits), None);
+        assert!(!has_started(&mut waits));
         rig.step();
     }
     rig.daemon().disk_hangs = false;
@@ -826,11 +830,14 @@ proptest! {
         rig.run();
         prop_assert!(rig.knobs().tokens_max <= step_tokens_max);
         prop_assert!(rig.knobs().rows_max <= sequences_max);
+        hits_and_misses::add_up(&rig);
         for (prompt, tokens_max, mut receiver) in open {
             let reply = reply(&mut receiver);
             prop_assert_eq!(reply.error, None);
             prop_assert_eq!(reply.finish, Some(FinishReason::Length));
             prop_assert_eq!(reply.tokens, cold(skip, &prompt, tokens_max));
+            let account = reply.account.expect("each prompt is counted");
+            prop_assert_eq!(account.total() as usize, prompt.len());
             prop_assert!(reply.cached.total() < prompt.len() as u32);
         }
     }
