@@ -15,7 +15,10 @@ use kv_protocol::ring::{ArenaWriter, Consumer, Producer, RingCorrupt};
 use kv_protocol::table::RegionView;
 use kv_protocol::{AttachmentId, Completion, MissReason, Submission};
 
+use crate::foresight::Foretold;
+use crate::metrics::Metrics;
 use crate::queue::TurnId;
+use crate::store::LookedUp;
 use crate::tier::host::{HandleError, HostTier};
 
 /// Sequences of one runtime that the daemon remembers. Beyond it hints are ignored.
@@ -55,19 +58,73 @@ pub struct Waiting {
     pub hint: Option<Hint>,
     /// When that was told last.
     pub told_at: Option<Instant>,
+    /// By which hint it was foretold, until it is known whether it came.
+    pub foretold: Option<Foretold>,
+    /// Whether it has asked.
+    pub looked_up: bool,
     /// Its promotes under way.
     pub fetch: Option<Fetch>,
 }
 
+impl Waiting {
+    /// A hint came. An anticipated turn that is in the queue now has come.
+    pub fn foretell(&mut self, hint: Hint, metrics: &Metrics) {
+        let by = Foretold::by(hint);
+        match self.foretold {
+            _ if self.looked_up => return, // Its place is told again; it is here already.
+            Some(Foretold::Anticipated) if by == Foretold::Queued => {
+                Foretold::Anticipated.ended(metrics, true);
+            }
+            _ => {}
+        }
+        self.foretold = Some(by);
+    }
+
+    /// The turn is here.
+    pub fn came(&mut self, metrics: &Metrics) {
+        self.looked_up = true;
+        if let Some(foretold) = self.foretold.take() {
+            foretold.ended(metrics, true);
+        }
+    }
+
+    /// The turn will not come, or came and found all on the device.
+    pub fn left(&mut self, metrics: &Metrics) {
+        if let Some(foretold) = self.foretold.take() {
+            foretold.ended(metrics, false);
+        }
+    }
+}
+
 /// Blocks on their way from disk for one lookup.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Fetch {
+    /// Since when the lookup waits.
+    pub since: Instant,
     /// Not yet here.
     pub remaining: usize,
+    /// Blocks of the chain that are whole; what has this index or a larger one may be a tail.
+    pub whole: u32,
+    /// Of those, not yet here.
+    pub remaining_whole: u64,
     /// Here, pinned.
     pub arrived: Vec<FoundBlock>,
     /// Why one did not come.
     pub miss: Option<MissReason>,
+}
+
+impl Fetch {
+    /// For what a lookup found on disk; `None` if that is nothing.
+    pub fn of(found: &LookedUp) -> Option<Self> {
+        (found.on_disk > 0).then(|| Self {
+            since: Instant::now(),
+            remaining: found.on_disk,
+            whole: found.whole,
+            remaining_whole: found.on_disk_whole,
+            arrived: Vec::new(),
+            miss: None,
+        })
+    }
 }
 
 /// An answer that has not gone out yet.

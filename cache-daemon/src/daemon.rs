@@ -15,9 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kv_protocol::handshake::{Hello, Refusal, Welcome};
 use kv_protocol::layout::ATTACHMENTS_MAX;
-use kv_protocol::message::{
-    ANTICIPATED_FOR, FoundBlock, Hint, KeyList, SequenceTag, Ticket, Tier,
-};
+use kv_protocol::message::{ANTICIPATED_FOR, FoundBlock, Hint, KeyList, SequenceTag, Ticket, Tier};
 use kv_protocol::sync::Ordering;
 use kv_protocol::table::{AttachmentState, RegionView};
 use kv_protocol::{AttachmentId, ConversationId, MissReason, Submission};
@@ -250,6 +248,7 @@ impl Daemon {
     fn maintain(&mut self) -> bool {
         let now = Instant::now();
         let now_ms = unix_ms();
+        self.store.directory.tell_time(now_ms);
         self.end_leases(now);
         if now.duration_since(self.expired_at) >= EXPIRE_EVERY {
             self.expired_at = now;
@@ -385,8 +384,11 @@ impl Daemon {
     /// Ends an attachment; its turns wait no more.
     fn leave(&mut self, id: AttachmentId) -> Option<Attachment> {
         let attachment = self.attachments[id.index()].take()?;
-        for tag in attachment.sequences.keys() {
+        for (tag, waiting) in &attachment.sequences {
             self.store.turn_left(attachment.turn(*tag));
+            if let Some(fetch) = &waiting.fetch {
+                self.store.count_given_up(fetch);
+            }
         }
         Some(attachment)
     }
@@ -450,6 +452,7 @@ impl Daemon {
                 if let Some(waiting) = attachment.sequence(sequence) {
                     let is_first = waiting.hint.replace(hint).is_none() || list.is_some();
                     waiting.told_at = Some(Instant::now());
+                    waiting.foretell(hint, &self.metrics);
                     if let Some(list) = list {
                         waiting.list = Some(Arc::new(list));
                     }
@@ -468,15 +471,13 @@ impl Daemon {
                 let incarnation = attachment.incarnation;
                 let waiter = Waiter { id, incarnation, sequence, index: 0 };
                 let found = self.store.lookup(waiter, &list, now_ms);
-                self.metrics.found.with_label_values(&["host"]).inc_by(found.pinned.len() as u64);
-                self.metrics.found.with_label_values(&["disk"]).inc_by(found.on_disk as u64);
                 if let Some(reason) = found.miss {
                     self.metrics.misses.with_label_values(&[reason.label()]).inc();
                 }
                 if let Some(waiting) = attachment.sequence(sequence) {
                     waiting.list = Some(list);
-                    waiting.fetch = (found.on_disk > 0)
-                        .then(|| Fetch { remaining: found.on_disk, ..Fetch::default() });
+                    waiting.fetch = Fetch::of(&found);
+                    waiting.came(&self.metrics);
                 }
                 attachment.answer(Outgoing::Found {
                     sequence,
@@ -487,12 +488,15 @@ impl Daemon {
             }
             Submission::End { sequence } => {
                 self.store.turn_left(attachment.turn(sequence));
-                if let Some(ended) = attachment.sequences.remove(&sequence)
-                    && let Some(fetch) = ended.fetch
-                    && let Some(host) = &mut self.store.host
-                {
-                    for block in fetch.arrived {
-                        host.unpin(block.handle, id)?;
+                if let Some(mut ended) = attachment.sequences.remove(&sequence) {
+                    ended.left(&self.metrics);
+                    if let Some(fetch) = ended.fetch {
+                        self.store.count_given_up(&fetch);
+                        for block in fetch.arrived {
+                            if let Some(host) = &mut self.store.host {
+                                host.unpin(block.handle, id)?;
+                            }
+                        }
                     }
                 }
                 self.queue_changed = true;
@@ -633,6 +637,7 @@ impl Daemon {
                 let host = self.store.host.as_mut().ok_or(MissReason::Evicted)?;
                 host.pin(frame, waiter.id).map_err(|_| MissReason::Checksum)
             });
+            self.store.count_arrival(fetch, waiter.index, pinned.as_ref().err().copied());
             match pinned {
                 Ok(handle) => {
                     let index = waiter.index;
@@ -644,8 +649,7 @@ impl Daemon {
                 }
             }
             if fetch.remaining == 0 {
-                let Fetch { mut arrived, miss, .. } = std::mem::take(fetch);
-                waiting.fetch = None;
+                let Some(Fetch { mut arrived, miss, .. }) = waiting.fetch.take() else { continue };
                 arrived.sort_by_key(|block| block.index);
                 let sequence = waiter.sequence;
                 attachment.answer(Outgoing::Promoted { sequence, blocks: arrived, miss });
@@ -683,7 +687,8 @@ impl Daemon {
     }
 
     fn publish(&self) {
-        let transfers = &self.store.transfers;
+        let (transfers, disk) = (&self.store.transfers, &self.store.disk);
+        self.metrics.disk_busy(disk.reading.total(), disk.writing.total());
         let frames = self.store.host.as_ref().map(HostTier::counts).unwrap_or_default();
         let sequences = self.attachments.iter().flatten().map(|a| a.sequences.len() as u32).sum();
         self.metrics.publish(Snapshot {

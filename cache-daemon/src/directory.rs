@@ -165,6 +165,8 @@ pub struct Chain {
     pub links: Vec<Link>,
     /// Why the prefix ends before the list does.
     pub miss: Option<MissReason>,
+    /// When the block that is missing left, if it was here; milliseconds.
+    pub gone_ms: Option<u64>,
 }
 
 /// Labels in use, counted, and the tenants whose they are.
@@ -250,12 +252,19 @@ pub struct Directory {
     blocks: usize,
     labels: Labels,
     tails: HashMap<EntryId, Arc<[u32]>>,
-    gone: HashMap<u64, MissReason>,
+    /// Why and when.
+    gone: HashMap<u64, (MissReason, u64)>,
     gone_order: VecDeque<u64>,
     changed: Vec<EntryId>,
+    now_ms: u64,
 }
 
 impl Directory {
+    /// What time it is, for what leaves from now on; milliseconds.
+    pub fn tell_time(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
+    }
+
     /// Known blocks.
     pub fn len(&self) -> usize {
         self.blocks
@@ -554,7 +563,7 @@ impl Directory {
     }
 
     fn remember(&mut self, key: &BlockKey, reason: MissReason) {
-        if self.gone.insert(key.short(), reason).is_none() {
+        if self.gone.insert(key.short(), (reason, self.now_ms)).is_none() {
             self.gone_order.push_back(key.short());
         }
         while self.gone_order.len() > GONE_MAX {
@@ -600,7 +609,10 @@ impl Directory {
                     parent = Some(id);
                     continue;
                 }
-                (None, _) => chain.miss = Some(self.why_gone(key, parent, list)),
+                (None, _) => {
+                    chain.miss = Some(self.why_gone(key, parent, list));
+                    chain.gone_ms = self.gone.get(&key.short()).map(|(_, at_ms)| *at_ms);
+                }
             }
             break;
         }
@@ -668,7 +680,7 @@ impl Directory {
             node.key != list.root.as_parent() && node.newest_child != EntryId::NONE
         });
         match self.gone.get(&key.short()) {
-            Some(reason) => *reason,
+            Some((reason, _)) => *reason,
             None if has_siblings => MissReason::Diverged,
             None => MissReason::NeverStored,
         }

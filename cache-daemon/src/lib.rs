@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod deletion;
 pub mod directory;
 pub mod export;
+pub mod foresight;
 pub mod handback;
 pub mod http;
 pub mod import;

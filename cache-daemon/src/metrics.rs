@@ -1,12 +1,26 @@
 //! Counters of the loop, and the snapshot that http shows. The loop writes, http reads; neither waits.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::core::Collector;
+use prometheus::{
+    Counter, CounterVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry,
+};
 use serde::Serialize;
 
 use crate::tier::host::FrameCounts;
+
+/// Seconds that a promoted block waits for its lookup: from a queue that moves at once to a user who reads on.
+const LEAD_SECONDS: &[f64] =
+    &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Seconds that a lookup waits for disk: one block of a fast drive to a long history of a slow one.
+const STALL_SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Seconds from a block's eviction to the lookup that wants it: a busy minute to a day's return.
+const REGRET_SECONDS: &[f64] =
+    &[1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0, 604_800.0];
 
 /// What `/status` shows: the state after the loop's last turn.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -96,13 +110,39 @@ pub struct Metrics {
     snapshot: Mutex<(Snapshot, Instant)>,
     frames: IntGaugeVec,
     blocks: IntGaugeVec,
-    gauges: IntGaugeVec,
+    attachments: IntGauge,
+    sequences: IntGauge,
+    conversations: IntGauge,
+    deletions_waiting: IntGauge,
+    worker_starts: IntGauge,
+    region_bytes: IntGauge,
+    disk_stored_bytes: IntGauge,
+    disk_physical_bytes: IntGauge,
+    disk_failed: IntGauge,
+    disk_busy_seconds: CounterVec,
+    storage_written_bytes: IntCounter,
     /// Hints received.
     pub hints: IntCounter,
     /// Lookups received.
     pub lookups: IntCounter,
-    /// Blocks found, by tier.
-    pub found: IntCounterVec,
+    /// Tokens of whole blocks that lookups asked for.
+    pub lookup_tokens: IntCounter,
+    /// Of those: found, by tier.
+    pub hit_tokens: IntCounterVec,
+    /// Of those: not had, by reason.
+    pub miss_tokens: IntCounterVec,
+    /// Payload that went from one tier to another.
+    pub moved_bytes: IntCounterVec,
+    /// From a hint's promote to the lookup that found the block.
+    pub prefetch_lead_seconds: Histogram,
+    /// Payload that a hint brought and no lookup found.
+    pub prefetch_wasted_bytes: IntCounter,
+    /// Turns that hints foretold, by kind of hint and by what became of them.
+    pub hinted_turns: IntCounterVec,
+    /// How long lookups waited for disk.
+    pub late_stall_seconds: Histogram,
+    /// From a block's eviction to the lookup that missed it.
+    pub evicted_then_wanted_seconds: Histogram,
     /// Lookups that ended before the end of their list, by reason.
     pub misses: IntCounterVec,
     /// Commits, by outcome.
@@ -147,70 +187,173 @@ pub struct Metrics {
     pub protocol_errors: IntCounter,
 }
 
+/// Makes metrics and registers them.
+struct Registrar<'a>(&'a Registry);
+
+impl Registrar<'_> {
+    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.register(IntCounter::new(name, help)?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.by(name, help, &[label])
+    }
+
+    fn by(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn seconds(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<CounterVec, prometheus::Error> {
+        self.register(CounterVec::new(Opts::new(name, help), &[label])?)
+    }
+
+    fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> Result<Histogram, prometheus::Error> {
+        let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(options)?)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.register(IntGauge::new(name, help)?)
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+    ) -> Result<IntGaugeVec, prometheus::Error> {
+        self.register(IntGaugeVec::new(Opts::new(name, help), &[label])?)
+    }
+}
+
 impl Metrics {
     /// Registers everything.
+    #[expect(clippy::too_many_lines, reason = "a list: some lines for each metric")]
     pub fn new() -> Result<Arc<Self>, prometheus::Error> {
         let registry = Registry::new_custom(Some("colloquy_cache".into()), None)?;
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(name, help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
-        let counters = |name: &str, help: &str, label: &str| {
-            let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
-            registry.register(Box::new(counters.clone()))?;
-            Ok::<_, prometheus::Error>(counters)
-        };
-        let gauges = |name: &str, help: &str, label: &str| {
-            let gauges = IntGaugeVec::new(Opts::new(name, help), &[label])?;
-            registry.register(Box::new(gauges.clone()))?;
-            Ok::<_, prometheus::Error>(gauges)
-        };
+        let new = Registrar(&registry);
         let metrics = Self {
             snapshot: Mutex::new((Snapshot::default(), Instant::now())),
-            frames: gauges("frames", "Frames of the region, by state.", "state")?,
-            blocks: gauges("blocks", "Blocks known, by tier.", "tier")?,
-            gauges: gauges("state", "Sizes of the daemon's state, by what.", "what")?,
-            hints: counter("hints_total", "Hints received.")?,
-            lookups: counter("lookups_total", "Lookups received.")?,
-            found: counters("found_blocks_total", "Blocks found by lookups, by tier.", "tier")?,
-            misses: counters("misses_total", "Lookups that ended early, by reason.", "reason")?,
-            commits: counters("commits_total", "Blocks committed, by outcome.", "outcome")?,
-            promotes: counters("promotes_total", "Blocks promoted, by cause.", "cause")?,
-            promote_failures: counters(
+            frames: new.gauges("frames", "Frames of the region, by state.", "state")?,
+            blocks: new.gauges("blocks", "Blocks known, by tier.", "tier")?,
+            attachments: new.gauge("attachments", "Runtimes attached.")?,
+            sequences: new.gauge("sequences", "Turns that wait or run, as hints and lookups tell.")?,
+            deletions_waiting: new
+                .gauge("deletions_waiting", "Deleted conversations whose bytes are still to be erased.")?,
+            conversations: new.gauge("conversations", "Conversation records known.")?,
+            worker_starts: new.gauge("worker_starts", "Starts of a worker on this region.")?,
+            region_bytes: new.gauge("region_bytes", "Bytes of the shared region.")?,
+            disk_stored_bytes: new.gauge("disk_stored_bytes", "Bytes of the blocks on disk.")?,
+            disk_physical_bytes: new.gauge("disk_physical_bytes", "Bytes of the disk tier's files.")?,
+            disk_failed: new.gauge("disk_failed", "1 while the disk tier takes no writes.")?,
+            disk_busy_seconds: new.seconds(
+                "disk_busy_seconds_total",
+                "Time in which a disk job ran, by kind of job.",
+                "job",
+            )?,
+            storage_written_bytes: new.counter(
+                "storage_written_bytes_total",
+                "Bytes that this process had written to storage devices, index and logs included.",
+            )?,
+            hints: new.counter("hints_total", "Hints received.")?,
+            lookups: new.counter("lookups_total", "Lookups received.")?,
+            lookup_tokens: new.counter(
+                "lookup_tokens_total",
+                "Tokens of the whole blocks that lookups asked for: the sum of hits, misses and what is on its way.",
+            )?,
+            hit_tokens: new.counters("hit_tokens_total", "Tokens found, by the tier that held them.", "tier")?,
+            miss_tokens: new.counters("miss_tokens_total", "Tokens not had, by reason.", "reason")?,
+            moved_bytes: new.by(
+                "moved_bytes_total",
+                "Payload that went from one tier to another.",
+                &["from", "to"],
+            )?,
+            prefetch_lead_seconds: new.histogram(
+                "prefetch_lead_seconds",
+                "From the end of a hint's promote to the lookup that found the block.",
+                LEAD_SECONDS,
+            )?,
+            prefetch_wasted_bytes: new.counter(
+                "prefetch_wasted_bytes_total",
+                "Payload that hints brought from disk and that left host memory unread.",
+            )?,
+            hinted_turns: new.by(
+                "hinted_turns_total",
+                "Turns that hints foretold, by kind of hint, that came or left.",
+                &["kind", "outcome"],
+            )?,
+            late_stall_seconds: new.histogram(
+                "late_stall_seconds",
+                "How long lookups waited for blocks on disk.",
+                STALL_SECONDS,
+            )?,
+            evicted_then_wanted_seconds: new.histogram(
+                "evicted_then_wanted_seconds",
+                "From a block's eviction to the lookup that missed it.",
+                REGRET_SECONDS,
+            )?,
+            misses: new.counters("misses_total", "Lookups that ended early, by reason.", "reason")?,
+            commits: new.counters("commits_total", "Blocks committed, by outcome.", "outcome")?,
+            promotes: new.counters("promotes_total", "Blocks promoted, by cause.", "cause")?,
+            promote_failures: new.counters(
                 "promote_failures_total",
                 "Blocks that did not arrive from disk, by reason.",
                 "reason",
             )?,
-            evictions: counters("evictions_total", "Blocks that made room, by tier.", "tier")?,
-            expirations: counter("expirations_total", "Blocks whose time ran out.")?,
-            writes: counter("disk_writes_total", "Blocks written to disk.")?,
-            writes_skipped: counters(
+            evictions: new.counters("evictions_total", "Blocks that made room, by tier.", "tier")?,
+            expirations: new.counter("expirations_total", "Blocks whose time ran out.")?,
+            writes: new.counter("disk_writes_total", "Blocks written to disk.")?,
+            writes_skipped: new.counters(
                 "disk_writes_skipped_total",
                 "Blocks not written to disk, by reason.",
                 "reason",
             )?,
-            retentions_refused: counters(
+            retentions_refused: new.counters(
                 "retentions_refused_total",
                 "Pins and times to live of blocks over their bound.",
                 "what",
             )?,
-            disk_errors: counter("disk_errors_total", "Failed calls of the disk tier.")?,
-            corrupt: counters("corrupt_total", "Corrupt things found, by where.", "where")?,
-            exports: counters("exports_total", "Answers to other daemons, by end.", "end")?,
-            exported_blocks: counter("exported_blocks_total", "Blocks sent to other daemons.")?,
-            exported_bytes: counter("exported_bytes_total", "Bytes sent to other daemons.")?,
-            imports: counters("imports_total", "Conversations imported, by end.", "end")?,
-            imported_blocks: counter("imported_blocks_total", "Blocks imported and kept.")?,
-            imported_bytes: counter("imported_bytes_total", "Bytes of blocks imported.")?,
-            remote: counters("remote_total", "Conversations of the remote tier.", "end")?,
-            attaches: counter("attaches_total", "Attachments made.")?,
-            refusals: counters("attach_refusals_total", "Attachments refused.", "reason")?,
-            protocol_errors: counter(
+            disk_errors: new.counter("disk_errors_total", "Failed calls of the disk tier.")?,
+            corrupt: new.counters("corrupt_total", "Corrupt things found, by where.", "where")?,
+            exports: new.counters("exports_total", "Answers to other daemons, by end.", "end")?,
+            exported_blocks: new.counter("exported_blocks_total", "Blocks sent to other daemons.")?,
+            exported_bytes: new.counter("exported_bytes_total", "Bytes sent to other daemons.")?,
+            imports: new.counters("imports_total", "Conversations imported, by end.", "end")?,
+            imported_blocks: new.counter("imported_blocks_total", "Blocks imported and kept.")?,
+            imported_bytes: new.counter("imported_bytes_total", "Bytes of blocks imported.")?,
+            remote: new.counters("remote_total", "Conversations of the remote tier.", "end")?,
+            attaches: new.counter("attaches_total", "Attachments made.")?,
+            refusals: new.counters("attach_refusals_total", "Attachments refused.", "reason")?,
+            protocol_errors: new.counter(
                 "protocol_errors_total",
                 "Attachments ended because the peer wrote nonsense.",
             )?,
-            registry,
+            registry: registry.clone(),
         };
         Ok(Arc::new(metrics))
     }
@@ -227,15 +370,19 @@ impl Metrics {
         set(&self.frames, "pinned", snapshot.frames.pinned.into());
         set(&self.blocks, "host", snapshot.blocks.host);
         set(&self.blocks, "disk", snapshot.blocks.disk);
-        set(&self.gauges, "attachments", snapshot.attachments.into());
-        set(&self.gauges, "sequences", snapshot.sequences.into());
-        set(&self.gauges, "conversations", snapshot.conversations);
-        set(&self.gauges, "deletions_waiting", snapshot.deletions.waiting);
-        set(&self.gauges, "worker_starts", snapshot.worker_starts);
-        set(&self.gauges, "region_bytes", snapshot.region_bytes);
-        set(&self.gauges, "disk_stored_bytes", snapshot.disk.stored_bytes);
-        set(&self.gauges, "disk_physical_bytes", snapshot.disk.physical_bytes);
-        set(&self.gauges, "disk_failed", u64::from(snapshot.disk.state == "failed"));
+        for (gauge, value) in [
+            (&self.attachments, snapshot.attachments.into()),
+            (&self.sequences, snapshot.sequences.into()),
+            (&self.conversations, snapshot.conversations),
+            (&self.deletions_waiting, snapshot.deletions.waiting),
+            (&self.worker_starts, snapshot.worker_starts),
+            (&self.region_bytes, snapshot.region_bytes),
+            (&self.disk_stored_bytes, snapshot.disk.stored_bytes),
+            (&self.disk_physical_bytes, snapshot.disk.physical_bytes),
+            (&self.disk_failed, u64::from(snapshot.disk.state == "failed")),
+        ] {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
         *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = (snapshot, Instant::now());
     }
 
@@ -244,9 +391,31 @@ impl Metrics {
         self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// How long the disk's threads have been at work.
+    pub fn disk_busy(&self, reading: Duration, writing: Duration) {
+        for (job, total) in [("read", reading), ("write", writing)] {
+            raise(&self.disk_busy_seconds.with_label_values(&[job]), total.as_secs_f64());
+        }
+    }
+
     /// Prometheus text.
     pub fn text(&self) -> String {
+        if let Some(bytes) = storage_written_bytes() {
+            let new = bytes.saturating_sub(self.storage_written_bytes.get());
+            self.storage_written_bytes.inc_by(new);
+        }
         let families = self.registry.gather();
         prometheus::TextEncoder::new().encode_to_string(&families).unwrap_or_default()
     }
+}
+
+/// A counter that follows a total kept elsewhere.
+fn raise(counter: &Counter, total: f64) {
+    counter.inc_by((total - counter.get()).max(0.0));
+}
+
+/// What the kernel says that this process had written to devices; `None` where it does not say.
+fn storage_written_bytes() -> Option<u64> {
+    let io = std::fs::read_to_string("/proc/self/io").ok()?;
+    io.lines().find_map(|line| line.strip_prefix("write_bytes: "))?.trim().parse().ok()
 }

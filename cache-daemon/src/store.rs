@@ -3,18 +3,20 @@
 //! The moves between tiers are in [`crate::moves`] and [`crate::transfer`]; this file has what the loop's messages ask for.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kv_protocol::frame::FrameError;
 use kv_protocol::message::{CommitOutcome, FoundBlock, FrameHandle, Hint, KeyList, Tier};
 use kv_protocol::table::{FrameTable, RegionView};
 use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex, Geometry, MissReason};
 
-use crate::attachment::ProtocolError;
+use crate::attachment::{Fetch, ProtocolError};
 use crate::conversation::Conversations;
 use crate::deletion::Deletions;
-use crate::directory::{Description, Directory, EntryId, Link, OnDisk};
 use crate::export::Exports;
 use crate::import::Imports;
+use crate::directory::{Block, Chain, Description, Directory, EntryId, Link, OnDisk};
+use crate::foresight::Foresight;
 use crate::metrics::Metrics;
 use crate::policy::budget::WriteBudget;
 use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
@@ -102,6 +104,7 @@ pub struct Store {
     pub(crate) exports: Exports,
     pub(crate) imports: Imports,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) foresight: Foresight,
     /// Where the next walk for expired blocks begins.
     expiring: usize,
 }
@@ -113,6 +116,10 @@ pub struct LookedUp {
     pub pinned: Vec<FoundBlock>,
     /// On disk, promotes asked for.
     pub on_disk: usize,
+    /// Leading blocks of the chain that are in its list of whole ones.
+    pub whole: u32,
+    /// Of those, on disk.
+    pub on_disk_whole: u64,
     /// Why the chain ends.
     pub miss: Option<MissReason>,
 }
@@ -138,6 +145,7 @@ impl Store {
             verification: Verification::default(),
             exports: Exports::default(),
             imports: Imports::default(),
+            foresight: Foresight::new(metrics.clone()),
             metrics,
             expiring: 0,
         }
@@ -288,12 +296,25 @@ impl Store {
     /// The block's frame holds it no more; forgets the block if it is nowhere else. The frame itself is
     /// the caller's.
     pub(crate) fn leave_host(&mut self, key: &BlockKey, reason: MissReason) {
+        let bytes = self.payload_bytes();
         let Some(block) = self.directory.get_mut(key) else { return };
         block.host = None;
-        block.hinted = false;
+        if std::mem::take(&mut block.hinted) {
+            self.foresight.left(key, bytes);
+        }
         if block.disk == OnDisk::Absent {
             self.directory.remove(key, reason);
         }
+    }
+
+    /// What a block takes in a frame.
+    pub(crate) fn payload_bytes(&self) -> u64 {
+        self.geometry().map_or(0, Geometry::payload_bytes)
+    }
+
+    /// A block's bytes went from one tier to another.
+    pub(crate) fn count_moved(&self, from: &str, to: &str) {
+        self.metrics.moved_bytes.with_label_values(&[from, to]).inc_by(self.payload_bytes());
     }
 
     /// What a block takes on disk.
@@ -306,6 +327,9 @@ impl Store {
     pub(crate) fn forget(&mut self, key: &BlockKey, reason: MissReason) {
         let bytes = self.disk_bytes(key);
         let Some(block) = self.directory.remove(key, reason) else { return };
+        if block.hinted {
+            self.foresight.left(key, self.payload_bytes());
+        }
         if let (Some(frame), Some(host)) = (block.host, &mut self.host) {
             host.disown(frame);
         }
@@ -373,6 +397,7 @@ impl Store {
         let Some(host) = &mut self.host else { return Ok(CommitOutcome::Refused) };
         host.publish(frame, key)?;
         self.directory.insert(key, &description, now_ms, frame);
+        self.count_moved("device", "host");
         let Description { parent, label, tokens, .. } = &description;
         self.conversations.goes_on(parent.short(), key.short(), tokens, is_full);
         for tail in self.directory.outgrown(parent, label, tokens) {
@@ -385,7 +410,9 @@ impl Store {
     /// Finds the longest known prefix; pins what is in frames and asks for what is on disk.
     pub fn lookup(&mut self, waiter: Waiter, list: &KeyList, now_ms: u64) -> LookedUp {
         let chain = self.directory.lookup(list);
-        let mut found = LookedUp { miss: chain.miss, ..LookedUp::default() };
+        let whole = self.count_lookup(list, &chain, now_ms);
+        let mut found = LookedUp { miss: chain.miss, whole, ..LookedUp::default() };
+        let now = Instant::now();
         let Some(host) = &mut self.host else { return found };
         let mut lost = Vec::new();
         for Link { index, key, id } in chain.links {
@@ -395,6 +422,7 @@ impl Store {
             let Some(frame) = block.host else {
                 self.transfers.want(key, Waiter { index, ..waiter });
                 found.on_disk += 1;
+                found.on_disk_whole += u64::from(index < found.whole);
                 continue;
             };
             if !was_reused && block.disk == OnDisk::Absent {
@@ -403,6 +431,9 @@ impl Store {
             match host.pin(frame, waiter.id) {
                 Ok(handle) => {
                     let hinted = std::mem::take(&mut block.hinted);
+                    if hinted {
+                        self.foresight.found(&key, now);
+                    }
                     let tier = if hinted { Tier::Disk } else { Tier::Host };
                     found.pinned.push(FoundBlock { index, handle, tier });
                 }
@@ -417,6 +448,63 @@ impl Store {
             self.leave_host(&key, MissReason::Checksum);
         }
         found
+    }
+
+    /// Counts the tokens of whole blocks: what is in frames is a hit now, what is on its way when it arrives.
+    /// How many whole blocks the chain has.
+    fn count_lookup(&self, list: &KeyList, chain: &Chain, now_ms: u64) -> u32 {
+        let tokens = self.tokens_per_block();
+        let is_listed = |(key, link): &(&BlockKey, &Link)| **key == link.key;
+        let whole = list.keys.iter().zip(&chain.links).take_while(is_listed).count();
+        let (mut host, mut hinted) = (0, 0);
+        for link in &chain.links[..whole] {
+            match self.directory.at(link.id) {
+                Some(Block { host: Some(_), hinted: true, .. }) => hinted += 1,
+                Some(Block { host: Some(_), .. }) => host += 1,
+                _ => {}
+            }
+        }
+        let asked = list.keys.len() as u64;
+        let missing = asked - whole as u64;
+        self.metrics.lookup_tokens.inc_by(asked * tokens);
+        self.metrics.hit_tokens.with_label_values(&["host"]).inc_by(host * tokens);
+        self.metrics.hit_tokens.with_label_values(&["disk"]).inc_by(hinted * tokens);
+        if let Some(reason) = chain.miss {
+            let missed = self.metrics.miss_tokens.with_label_values(&[reason.label()]);
+            missed.inc_by(missing * tokens);
+        }
+        if let (Some(MissReason::Evicted), Some(gone_ms)) = (chain.miss, chain.gone_ms) {
+            let after = Duration::from_millis(now_ms.saturating_sub(gone_ms));
+            self.metrics.evicted_then_wanted_seconds.observe(after.as_secs_f64());
+        }
+        whole as u32
+    }
+
+    /// One block of a lookup arrived, or did not.
+    pub(crate) fn count_arrival(&self, fetch: &mut Fetch, index: u32, miss: Option<MissReason>) {
+        if fetch.remaining == 0 {
+            self.metrics.late_stall_seconds.observe(fetch.since.elapsed().as_secs_f64());
+        }
+        if index >= fetch.whole {
+            return;
+        }
+        fetch.remaining_whole = fetch.remaining_whole.saturating_sub(1);
+        let counter = match miss {
+            None => self.metrics.hit_tokens.with_label_values(&["disk"]),
+            Some(reason) => self.metrics.miss_tokens.with_label_values(&[reason.label()]),
+        };
+        counter.inc_by(self.tokens_per_block());
+    }
+
+    /// Who waited for the rest of a lookup's blocks does not any more.
+    pub(crate) fn count_given_up(&self, fetch: &Fetch) {
+        self.metrics.late_stall_seconds.observe(fetch.since.elapsed().as_secs_f64());
+        let late = self.metrics.miss_tokens.with_label_values(&[MissReason::Late.label()]);
+        late.inc_by(fetch.remaining_whole * self.tokens_per_block());
+    }
+
+    fn tokens_per_block(&self) -> u64 {
+        self.geometry().map_or(0, |geometry| geometry.tokens_per_block().into())
     }
 
     /// Everything that the settings and the clock make unwanted.

@@ -5,6 +5,7 @@
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use kv_protocol::message::{FrameHandle, SequenceTag};
 use kv_protocol::{
@@ -662,6 +663,7 @@ impl Store {
                 self.transfers.writes += 1;
                 self.transfers.disk_error = None;
                 self.metrics.writes.inc();
+                self.count_moved("host", "disk");
                 self.transfers.count_stored(bytes);
                 match self.directory.get_mut(&key) {
                     Some(block) if is_ours => block.disk = OnDisk::Stored,
@@ -736,6 +738,10 @@ impl Store {
         }
         block.host = Some(frame);
         block.hinted = reading.by_hint && waiters.is_empty();
+        if block.hinted {
+            self.foresight.promoted(key, Instant::now());
+        }
+        self.count_moved("disk", "host");
         if reading.by_hint {
             self.transfers.promotes_by_hint += 1;
             self.metrics.promotes.with_label_values(&["hint"]).inc();

@@ -78,6 +78,23 @@ impl Daemon {
         more: &[&str],
         environment: &[(&str, &Path)],
     ) -> Self {
+        let disk = format!("--disk-dir={}", dir.join("disk").display());
+        let more: Vec<&str> = std::iter::once(disk.as_str()).chain(more.iter().copied()).collect();
+        Self::spawn(binary, dir, host_bytes, &more, environment)
+    }
+
+    /// Starts one whose blocks are in frames only.
+    pub fn start_without_disk(binary: &Path, dir: &Path, host_bytes: u64, more: &[&str]) -> Self {
+        Self::spawn(binary, dir, host_bytes, more, &[])
+    }
+
+    fn spawn(
+        binary: &Path,
+        dir: &Path,
+        host_bytes: u64,
+        more: &[&str],
+        environment: &[(&str, &Path)],
+    ) -> Self {
         let socket = dir.join("daemon.sock");
         let http = {
             // Free now; taken by nobody else on a loopback address, as far as tests go.
@@ -88,7 +105,6 @@ impl Daemon {
             .arg("supervise")
             .arg(format!("--socket={}", socket.display()))
             .arg(format!("--host-bytes={host_bytes}"))
-            .arg(format!("--disk-dir={}", dir.join("disk").display()))
             .arg(format!("--http={http}"))
             .args(more)
             .envs(environment.iter().copied())

@@ -8,6 +8,7 @@
 //!   checksums are also checked before a block is written.
 //! - A block is whole or absent, whenever the process dies.
 
+pub mod busy;
 mod copies;
 mod database;
 pub mod engine;
@@ -17,6 +18,7 @@ pub mod slots;
 #[cfg(test)]
 mod tests;
 
+pub use busy::Busy;
 pub use copies::CopyFrom;
 pub use engine::Engine;
 
@@ -493,6 +495,10 @@ pub struct DiskWorkers {
     readers: SyncSender<Job>,
     found: Receiver<Vec<StoredBlock>>,
     threads: Vec<std::thread::JoinHandle<()>>,
+    /// While a thread reads.
+    pub reading: Arc<Busy>,
+    /// While the writer does anything.
+    pub writing: Arc<Busy>,
 }
 
 type Opened = Arc<OnceLock<Option<Box<dyn DiskTier>>>>;
@@ -510,6 +516,7 @@ impl DiskWorkers {
         let (readers, reader_jobs) = sync_channel(JOBS_MAX);
         let reader_jobs = Arc::new(Mutex::new(reader_jobs));
         let mut threads = Vec::new();
+        let (reading, writing): (Arc<Busy>, Arc<Busy>) = Default::default();
         let report = {
             let notify = notify.clone();
             move |event| {
@@ -521,7 +528,7 @@ impl DiskWorkers {
             std::thread::Builder::new().name(name).spawn(body)
         };
         {
-            let (opened, report) = (opened.clone(), report.clone());
+            let (opened, report, writing) = (opened.clone(), report.clone(), writing.clone());
             threads.push(spawn(
                 "disk-writer".into(),
                 Box::new(move || {
@@ -538,23 +545,25 @@ impl DiskWorkers {
                     let mut next = None;
                     while let Some(job) = next.take().or_else(|| writer_jobs.recv().ok()) {
                         let group = Group::collect(job, &writer_jobs, &mut next);
-                        group.perform(tier.as_deref(), &report);
+                        writing.during(|| group.perform(tier.as_deref(), &report));
                     }
                 }),
             )?);
         }
         for number in 0..READERS {
             let (opened, report, jobs) = (opened.clone(), report.clone(), reader_jobs.clone());
+            let reading = reading.clone();
             threads.push(spawn(
                 format!("disk-reader-{number}"),
                 Box::new(move || {
                     while let Some(job) = next_job(&jobs) {
-                        report(perform(job, opened.wait().as_deref()));
+                        let tier = opened.wait().as_deref();
+                        report(reading.during(|| perform(job, tier)));
                     }
                 }),
             )?);
         }
-        Ok(Self { writer, readers, found, threads })
+        Ok(Self { writer, readers, found, threads, reading, writing })
     }
 
     /// Sends work to the writer; gives it back if too much waits already.
