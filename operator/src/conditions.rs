@@ -184,6 +184,10 @@ impl Facts<'_> {
         if wanted == 0 {
             return verdict(true, "ScaledToZero", "no replica is asked for".into());
         }
+        if !self.model.spec.cache.enabled {
+            let message = "the cache is off (spec.cache.enabled): every turn is computed anew";
+            return verdict(true, "Off", message.into());
+        }
         if let Some(message) = self.volume_problem() {
             return verdict(false, "VolumePending", message);
         }
@@ -272,6 +276,9 @@ impl Facts<'_> {
 
     /// A volume that keeps a replica waiting: one that is going, or one that no disk was found for.
     fn volume_problem(&self) -> Option<String> {
+        if !self.model.spec.cache.enabled {
+            return None; // Nobody waits for volumes that are kept for later.
+        }
         self.observed.claims.iter().find_map(|(index, claim)| {
             let name = claim.name_any();
             if index.0 >= self.model.spec.replicas {

@@ -8,7 +8,8 @@
 //! 3. A scale-down ends the highest indexes. Their volumes stay, or go after their pods.
 //! 4. A deleted model gives up its route first, then its pods, then its volumes, its finalizer last.
 //! 5. Nothing that belongs to somebody else is touched.
-//! 6. Applying a plan until nothing changes any more ends with an empty plan.
+//! 6. A cache that is off has no volumes made; those that are there stay, or go with `whenScaledDown`.
+//! 7. Applying a plan until nothing changes any more ends with an empty plan.
 
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Service};
 use kube::ResourceExt;
@@ -94,7 +95,7 @@ pub fn plan(model: &ConversationModel, observed: &Observed, images: &Images) -> 
         plan.replica(model, observed, images, index);
     }
     plan.roll_out(model, observed, images);
-    plan.scale_down(model, observed);
+    plan.scale_down(model, observed, images);
     plan
 }
 
@@ -121,7 +122,7 @@ impl Plan {
         images: &Images,
         index: ReplicaIndex,
     ) {
-        let volume_usable = self.volume(model, observed, index);
+        let volume_usable = !model.spec.cache.enabled || self.volume(model, observed, index);
         match observed.pods.get(&index) {
             Some(pod) if is_ending(&pod.metadata) => self.ending(Kind::Pod, pod),
             Some(pod) if is_finished(pod) => self.delete(Kind::Pod, pod, Why::Finished),
@@ -202,7 +203,7 @@ impl Plan {
         }
     }
 
-    fn scale_down(&mut self, model: &ConversationModel, observed: &Observed) {
+    fn scale_down(&mut self, model: &ConversationModel, observed: &Observed, images: &Images) {
         let beyond = ReplicaIndex(model.spec.replicas)..;
         for (_, pod) in observed.pods.range(beyond.clone()).rev() {
             if is_ending(&pod.metadata) {
@@ -214,10 +215,16 @@ impl Plan {
         if model.spec.cache.disk.when_scaled_down == ScaleDownVolume::Keep {
             return;
         }
-        for (index, claim) in observed.claims.range(beyond) {
+        // A cache that is off needs no volume: each goes when the pod that mounts it has been replaced.
+        let is_off = !model.spec.cache.enabled;
+        let unneeded = if is_off { ReplicaIndex(0).. } else { beyond };
+        for (index, claim) in observed.claims.range(unneeded) {
+            let pod = observed.pods.get(index);
+            let is_mounted =
+                pod.is_some_and(|pod| !(is_off && is_current(model, *index, pod, images)));
             if is_ending(&claim.metadata) {
                 self.ending(Kind::Claim, claim);
-            } else if !observed.pods.contains_key(index) {
+            } else if !is_mounted {
                 self.delete(Kind::Claim, claim, Why::ScaledDown);
             }
         }

@@ -322,6 +322,11 @@ pub enum Reuse {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CacheSpec {
+    /// Whether KV lives beyond the runtime's own memory. `false` is the one switch for all of it: replicas
+    /// have neither a cache daemon nor a volume, and every turn computes its history again. Volumes that
+    /// are there already stay, unless `disk.whenScaledDown` is `Delete`.
+    pub enabled: bool,
+
     /// Image of the cache daemon. Default: the one that the operator was installed with.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
@@ -343,6 +348,7 @@ pub struct CacheSpec {
 impl Default for CacheSpec {
     fn default() -> Self {
         Self {
+            enabled: true,
             image: None,
             host: HostSpec::default(),
             disk: DiskSpec::default(),

@@ -181,10 +181,12 @@ impl Replica {
     ) -> anyhow::Result<ExitCode> {
         let http = self.cache.to_string();
         let places = DaemonPlaces { socket: &self.socket, disk_dir: &self.disk_dir, http: &http };
-        let daemon = daemon_place
-            .insert(self.start(CACHE_DAEMON, &arguments::daemon(&self.model.spec, places))?);
-        if let Some(code) = daemon.until_answers(self.cache, "/started").await? {
-            return Ok(code);
+        if self.model.spec.cache.enabled {
+            let daemon = daemon_place
+                .insert(self.start(CACHE_DAEMON, &arguments::daemon(&self.model.spec, places))?);
+            if let Some(code) = daemon.until_answers(self.cache, "/started").await? {
+                return Ok(code);
+            }
         }
 
         let http = self.api.to_string();
@@ -196,13 +198,20 @@ impl Replica {
             return Ok(code);
         }
 
+        let cache = match daemon_place {
+            Some(_) => format!("its cache daemon at http://{}", self.cache),
+            None => "its cache is off".to_owned(),
+        };
         println!(
-            "ready: {} at http://{}/v1, its cache daemon at http://{}, logs in {}",
+            "ready: {} at http://{}/v1, {cache}, logs in {}",
             self.model.spec.model.name,
             self.api,
-            self.cache,
             self.dir.join("logs").display()
         );
+        let Some(daemon) = daemon_place else {
+            let status = runtime.child.wait().await?;
+            return Ok(runtime.ended(status).await);
+        };
         let code = tokio::select! {
             status = daemon.child.wait() => daemon.ended(status?).await,
             status = runtime.child.wait() => runtime.ended(status?).await,

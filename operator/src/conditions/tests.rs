@@ -147,6 +147,16 @@ fn a_bad_model_file_unresolves_the_model_with_the_runtime_s_own_sentence() {
 }
 
 #[test]
+fn a_cache_that_is_off_is_said_to_be_off_and_waits_for_no_volume() {
+    let mut scene = Scene::new(json!({"phase": "Running"}), "Pending");
+    scene.model.spec.cache.enabled = false;
+    let status = scene.status(None);
+    let cache = status.conditions.iter().find(|condition| condition.type_ == CACHE_READY).unwrap();
+    assert_eq!((cache.status.as_str(), cache.reason.as_str()), ("True", "Off"));
+    assert!(status.conditions.iter().all(|condition| condition.reason != "VolumePending"));
+}
+
+#[test]
 fn a_daemon_that_crashes_is_told_by_the_cache_and_by_nothing_else_while_the_runtime_answers() {
     let mut status = ready_pod();
     status["initContainerStatuses"] =

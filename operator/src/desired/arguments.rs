@@ -63,7 +63,9 @@ pub fn runtime(spec: &ConversationModelSpec, places: RuntimePlaces<'_>) -> Vec<S
     flag("model", places.model.into());
     flag("served-name", spec.model.name.clone());
     flag("http", places.http.into());
-    flag("cache-socket", places.cache_socket.into());
+    if spec.cache.enabled {
+        flag("cache-socket", places.cache_socket.into());
+    }
     flag("device-bytes", runtime.device_memory.get().to_string());
     flag("sequences-max", runtime.sequences_max.to_string());
     flag("waiting-max", runtime.waiting_max.to_string());
@@ -96,6 +98,15 @@ mod tests {
         let arguments = daemon(&model.spec, places);
         let at = arguments.iter().position(|argument| argument == "--disk-bytes").unwrap();
         assert_eq!(arguments[at + 1], (8_u64 << 30).to_string());
+    }
+
+    #[test]
+    fn a_runtime_whose_cache_is_off_is_given_no_socket() {
+        let places = RuntimePlaces { model: "/m", cache_socket: "/s", http: "127.0.0.1:1" };
+        let mut model = fixtures::model();
+        assert!(runtime(&model.spec, places).contains(&"--cache-socket".to_owned()));
+        model.spec.cache.enabled = false;
+        assert!(!runtime(&model.spec, places).iter().any(|argument| argument.contains("cache")));
     }
 
     #[test]

@@ -96,7 +96,7 @@ fn pod_spec(model: &ConversationModel, index: ReplicaIndex, images: &Images) -> 
             }),
             ..PodSecurityContext::default()
         }),
-        init_containers: Some(vec![cache_daemon(model, images)]),
+        init_containers: model.spec.cache.enabled.then(|| vec![cache_daemon(model, images)]),
         containers: vec![runtime(model, images)],
         volumes: Some(volumes(model, index, images)),
         node_selector: none_if_empty(template.node_selector.clone(), BTreeMap::is_empty),
@@ -158,10 +158,16 @@ fn runtime(model: &ConversationModel, images: &Images) -> Container {
             ..http_probe("/health", RUNTIME_PORT_NAME)
         }),
         resources: Some(resources(settings.cpu_milli, memory::runtime_limit(&model.spec))),
-        volume_mounts: Some(vec![
-            mount("run", RUN_DIR),
-            VolumeMount { read_only: Some(true), ..mount("model", MODELS_DIR) },
-        ]),
+        volume_mounts: Some(
+            model
+                .spec
+                .cache
+                .enabled
+                .then(|| mount("run", RUN_DIR))
+                .into_iter()
+                .chain([VolumeMount { read_only: Some(true), ..mount("model", MODELS_DIR) }])
+                .collect(),
+        ),
         ..container(images)
     }
 }
@@ -182,7 +188,13 @@ fn container(images: &Images) -> Container {
 }
 
 fn volumes(model: &ConversationModel, index: ReplicaIndex, images: &Images) -> Vec<Volume> {
-    vec![
+    let of_cache = model.spec.cache.enabled.then(|| cache_volumes(model, index));
+    of_cache.into_iter().flatten().chain([weights(model, images)]).collect()
+}
+
+/// Where daemon and runtime meet, and the disk tier.
+fn cache_volumes(model: &ConversationModel, index: ReplicaIndex) -> [Volume; 2] {
+    [
         Volume {
             name: "run".into(),
             empty_dir: Some(EmptyDirVolumeSource {
@@ -200,7 +212,6 @@ fn volumes(model: &ConversationModel, index: ReplicaIndex, images: &Images) -> V
             }),
             ..Volume::default()
         },
-        weights(model, images),
     ]
 }
 
@@ -309,6 +320,19 @@ mod tests {
         }
         let committed = std::fs::read_to_string(file).unwrap_or_default();
         assert!(committed == yaml, "{file} differs; see this test's comment\n{yaml}");
+    }
+
+    #[test]
+    fn with_the_cache_off_the_pod_is_the_runtime_and_its_weights() {
+        let mut model = fixtures::model();
+        model.spec.cache.enabled = false;
+        let spec = pod(&model, ReplicaIndex(0), &fixtures::images()).spec.unwrap();
+        assert_eq!(spec.init_containers, None);
+        let names = |volumes: Vec<Volume>| volumes.into_iter().map(|volume| volume.name);
+        assert_eq!(names(spec.volumes.unwrap()).collect::<Vec<_>>(), ["model"]);
+        let [runtime] = &spec.containers[..] else { panic!("one container") };
+        let mounts = runtime.volume_mounts.iter().flatten().map(|mount| mount.name.as_str());
+        assert_eq!(mounts.collect::<Vec<_>>(), ["model"]);
     }
 
     #[test]

@@ -91,13 +91,14 @@ impl Cluster {
         }
     }
 
-    /// What others do: what is being deleted goes, pods become ready. A claim goes only after its pod.
+    /// What others do: what is being deleted goes, pods become ready. A claim goes only after the pod that
+    /// mounts it.
     fn tick(&mut self) {
         let pods = self.observed.pods.clone();
         self.observed.pods.retain(|_, pod| !is_ending(&pod.metadata));
-        self.observed
-            .claims
-            .retain(|index, claim| !is_ending(&claim.metadata) || pods.contains_key(index));
+        self.observed.claims.retain(|index, claim| {
+            !is_ending(&claim.metadata) || pods.get(index).is_some_and(mounts)
+        });
         if self.observed.service.as_ref().is_some_and(|service| is_ending(&service.metadata)) {
             self.observed.service = None;
         }
@@ -121,6 +122,12 @@ impl Cluster {
         }
         panic!("no rest after {ROUNDS_MAX} rounds; the last plan: {:?}", self.plan());
     }
+}
+
+/// Whether a pod mounts its replica's claim.
+fn mounts(pod: &Pod) -> bool {
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.into_iter().any(|volume| volume.name == "kv")
 }
 
 fn make_ready(pod: &mut Pod) {
@@ -155,6 +162,44 @@ fn a_new_model_gets_finalizer_service_volume_and_pod_in_this_order() {
     let expected = ["+finalizer", "+service smollm2", "+claim smollm2-0-kv", "+pod smollm2-0"];
     assert_eq!(words(&plan.changes), expected);
     assert_eq!(plan.waits, []);
+}
+
+#[test]
+fn a_new_model_whose_cache_is_off_gets_no_volume() {
+    let mut model = fixtures::model();
+    model.spec.cache.enabled = false;
+    let mut cluster = Cluster::of(model);
+    assert_eq!(words(&cluster.rest()), ["+service smollm2", "+pod smollm2-0"]);
+}
+
+#[test]
+fn switching_the_cache_off_replaces_the_pods_and_keeps_the_volumes_for_later() {
+    let mut cluster = Cluster::replicas(2);
+    cluster.model().spec.cache.enabled = false;
+    let replaced = [
+        "-pod smollm2-1 SpecChanged",
+        "+pod smollm2-1",
+        "-pod smollm2-0 SpecChanged",
+        "+pod smollm2-0",
+    ];
+    assert_eq!(words(&cluster.rest()), replaced);
+    assert_eq!(cluster.observed.claims.len(), 2);
+    cluster.model().spec.cache.enabled = true;
+    assert_eq!(words(&cluster.rest()), replaced, "on the volumes that were there");
+}
+
+#[test]
+fn volumes_of_a_cache_that_is_off_go_after_the_pods_that_mount_them_when_it_is_asked_to() {
+    let mut cluster = Cluster::replicas(1);
+    cluster.model().spec.cache.enabled = false;
+    cluster.model().spec.cache.disk.when_scaled_down = ScaleDownVolume::Delete;
+    let expected = [
+        "-pod smollm2-0 SpecChanged",
+        "+pod smollm2-0",
+        "-persistentvolumeclaim smollm2-0-kv ScaledDown",
+    ];
+    assert_eq!(words(&cluster.rest()), expected);
+    assert!(cluster.observed.claims.is_empty());
 }
 
 #[test]
@@ -360,6 +405,7 @@ enum Happening {
     ChangeSpec(u32),
     GrowDisk(u64),
     DeleteVolumesOnScaleDown(bool),
+    SwitchCache(bool),
     PodDeleted(u32),
     PodGone(u32),
     PodFailed(u32),
@@ -379,6 +425,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         (0_u32..3).prop_map(ChangeSpec),
         (2_u64..5).prop_map(GrowDisk),
         any::<bool>().prop_map(DeleteVolumesOnScaleDown),
+        any::<bool>().prop_map(SwitchCache),
         (0_u32..5).prop_map(PodDeleted),
         (0_u32..5).prop_map(PodGone),
         (0_u32..5).prop_map(PodFailed),
@@ -407,6 +454,7 @@ impl Cluster {
                 self.model().spec.cache.disk.when_scaled_down =
                     if delete { ScaleDownVolume::Delete } else { ScaleDownVolume::Keep };
             }
+            Happening::SwitchCache(enabled) => self.model().spec.cache.enabled = enabled,
             Happening::PodDeleted(index) => {
                 if let Some(pod) = self.observed.pods.get_mut(&ReplicaIndex(index)) {
                     pod.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
@@ -467,12 +515,18 @@ proptest! {
             Some(model) => {
                 let wanted: Vec<_> = (0..model.spec.replicas).map(ReplicaIndex).collect();
                 prop_assert_eq!(observed.pods.keys().copied().collect::<Vec<_>>(), wanted.clone());
-                prop_assert!(wanted.iter().all(|index| observed.claims.contains_key(index)));
                 prop_assert!(observed.service.is_some());
                 for (index, pod) in &observed.pods {
                     prop_assert!(is_ready(pod));
                     prop_assert!(is_current(model, *index, pod, &fixtures::images()));
                 }
+                let cache = &model.spec.cache;
+                let deletes = cache.disk.when_scaled_down == ScaleDownVolume::Delete;
+                if !cache.enabled {
+                    prop_assert!(!deletes || observed.claims.is_empty());
+                    return Ok(());
+                }
+                prop_assert!(wanted.iter().all(|index| observed.claims.contains_key(index)));
                 for index in wanted {
                     let size = desired::volume::requested_size(&observed.claims[&index]);
                     prop_assert_eq!(size, Some(model.spec.cache.disk.size));

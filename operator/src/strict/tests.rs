@@ -17,7 +17,11 @@ fn refusal(yaml: &str) -> String {
 
 #[test]
 fn the_examples_are_accepted() {
-    for example in [SMOLLM2, include_str!("../../../examples/smollm2-adaskip.yaml")] {
+    for example in [
+        SMOLLM2,
+        include_str!("../../../examples/smollm2-adaskip.yaml"),
+        include_str!("../../../examples/smollm2-uncached.yaml"),
+    ] {
         model_from_yaml(example).unwrap();
     }
 }
