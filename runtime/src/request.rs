@@ -46,6 +46,26 @@ pub struct Anticipate {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Salt(pub Arc<[u8]>);
 
+/// How long a conversation's KV stays, as its client wishes; holds for later turns that say nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Keep {
+    /// Milliseconds after its last use; `None`: as the daemon is set.
+    pub ttl_ms: Option<u64>,
+    /// Unix milliseconds until which its blocks do not leave.
+    pub pinned_until_ms: Option<u64>,
+}
+
+impl Keep {
+    /// As `newer` says; as before where it says nothing.
+    #[must_use]
+    pub fn then(self, newer: Self) -> Self {
+        Self {
+            ttl_ms: newer.ttl_ms.or(self.ttl_ms),
+            pinned_until_ms: newer.pinned_until_ms.or(self.pinned_until_ms),
+        }
+    }
+}
+
 /// What a request lets the cache do: the words of HTTP's `Cache-Control`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CacheUse {
@@ -53,6 +73,8 @@ pub struct CacheUse {
     pub no_read: bool,
     /// Nothing that this request computes stays in any tier, and its turn is not recorded.
     pub no_store: bool,
+    /// For how long what is stored stays.
+    pub keep: Keep,
 }
 
 /// As in the OpenAI API and vLLM's extensions.

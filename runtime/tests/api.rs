@@ -113,6 +113,33 @@ fn each_bad_request_gets_its_status_and_an_error_object() {
 }
 
 #[test]
+fn how_long_a_conversation_stays_is_checked_before_anything_is_computed() {
+    let runtime = Runtime::tiny(&[]);
+    let ask_to = |cache: Value, conversation: Value| {
+        let body = ask("hi", json!({ "cache": cache, "prompt_cache_key": conversation }));
+        runtime.post("/v1/chat/completions", &body)
+    };
+    let keep = |cache: Value| ask_to(cache, json!("kept"));
+    for (name, answer, part) in [
+        ("nobody's", ask_to(json!({ "ttl_seconds": 60 }), Value::Null), "name it"),
+        ("for nothing", keep(json!({ "ttl_seconds": 0 })), "from 1 to 31536000"),
+        ("too long", keep(json!({ "ttl_seconds": 40_000_000 })), "from 1 to 31536000"),
+        ("not stored", keep(json!({ "ttl_seconds": 9, "no_store": true })), "contradicts"),
+        ("in the past", keep(json!({ "pin_until": 1_700_000_000 })), "not in the future"),
+        ("for ever", keep(json!({ "pin_until": "2999-01-01T00:00:00Z" })), "too far ahead"),
+        ("some day", keep(json!({ "pin_until": "tomorrow" })), "RFC 3339"),
+        ("otherwise", keep(json!({ "ttl": 60 })), "unknown field"),
+    ] {
+        assert_eq!(answer.status, 400, "{name}: {}", answer.text);
+        let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(message.contains(part), "{name}: {message}");
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let soon = now.as_secs() + 3600;
+    assert_eq!(keep(json!({ "ttl_seconds": 60, "pin_until": soon })).status, 200);
+}
+
+#[test]
 fn the_small_endpoints_answer() {
     let runtime = Runtime::tiny(&["--admin"]);
     assert_eq!(runtime.get("/v1/models").ok()["data"][0]["id"], "test-model");

@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 
 use super::Submit;
 use super::metrics::Metrics;
-use crate::request::Command;
+use crate::request::{Command, Keep};
 use crate::text::template::TemplateMessage;
 
 /// Records kept in the runtime. Those of a few thousand users who are mid-conversation; others are
@@ -66,6 +66,8 @@ pub struct Record {
     pub tokens: Vec<u32>,
     /// How many ids truncations have taken out.
     pub dropped: usize,
+    /// How long its KV stays.
+    pub keep: Keep,
 }
 
 /// Why a turn could not go on from its conversation's last cut.
@@ -99,6 +101,8 @@ pub struct Resume {
     pub tokens: Vec<u32>,
     /// How many more there were before truncations.
     pub dropped: usize,
+    /// How long the conversation's KV stays.
+    pub keep: Keep,
     /// Why it was not the record's last.
     pub diverged: Option<Divergence>,
 }
@@ -143,9 +147,10 @@ impl Record {
         } else {
             Some(Divergence::Edited)
         };
-        let Some(last) = cuts.last() else { return Resume { diverged, ..Resume::default() } };
+        let keep = self.keep;
+        let Some(last) = cuts.last() else { return Resume { diverged, keep, ..Resume::default() } };
         let tokens = self.tokens[..last.tokens - self.dropped].to_vec();
-        Resume { cuts, tokens, dropped: self.dropped, diverged }
+        Resume { cuts, tokens, dropped: self.dropped, keep, diverged }
     }
 
     /// The record after a turn: `messages` includes the reply, `rendered` ends with what of the reply
@@ -156,14 +161,14 @@ impl Record {
         rendered: &str,
         tokens: Vec<u32>,
     ) -> Self {
-        let Resume { mut cuts, dropped, .. } = resume;
+        let Resume { mut cuts, dropped, keep, .. } = resume;
         cuts.push(Cut {
             messages: messages.len(),
             text_bytes: rendered.len(),
             text_digest: digest_text(rendered),
             tokens: tokens.len() + dropped,
         });
-        Self { messages, cuts, tokens, dropped }
+        Self { messages, cuts, tokens, dropped, keep }
     }
 
     fn size_bytes(&self) -> usize {
@@ -190,7 +195,9 @@ impl Record {
         }
         let (root, text) = (name.root, name.text.clone());
         let stored = Stored::new(root, text, tokens_per_block, self.tokens.clone());
-        Stored { dropped_tokens: self.dropped as u32, client, ..stored }.encode()
+        let Keep { ttl_ms, pinned_until_ms } = self.keep;
+        let dropped_tokens = self.dropped as u32;
+        Stored { dropped_tokens, ttl_ms, pinned_until_ms, client, ..stored }.encode()
     }
 
     /// `None` for bytes that are no record of ours, whoever wrote them. `vocabulary` bounds the ids.
@@ -218,6 +225,7 @@ impl Record {
                 .collect::<Option<_>>()?,
             tokens: stored.tokens,
             dropped: stored.dropped_tokens as usize,
+            keep: Keep { ttl_ms: stored.ttl_ms, pinned_until_ms: stored.pinned_until_ms },
         };
         let ids_are_known = record.tokens.iter().all(|token| (*token as usize) < vocabulary);
         let tokens = record.tokens.len() + record.dropped;
@@ -467,6 +475,20 @@ mod tests {
         let stored = Stored::decode(&bytes).unwrap();
         assert_eq!((stored.name.as_str(), stored.tokens.as_slice()), ("chat", &[1, 2, 3][..]));
         assert_eq!(Record::from_bytes(&bytes, 10), Some(record));
+    }
+
+    #[test]
+    fn how_long_a_conversation_stays_is_in_its_record_until_a_turn_says_otherwise() {
+        let (messages, mut record) = one_turn();
+        record.keep = Keep { ttl_ms: Some(60_000), pinned_until_ms: None };
+        let stored = Stored::decode(&bytes_of(&record)).unwrap();
+        assert_eq!((stored.ttl_ms, stored.pinned_until_ms), (Some(60_000), None));
+        let mut resume = Record::from_bytes(&bytes_of(&record), 10).unwrap().resume(&[], "");
+        assert_eq!(resume.keep, record.keep, "an edited conversation is the same conversation");
+        resume.keep = resume.keep.then(Keep { ttl_ms: None, pinned_until_ms: Some(9_000) });
+        let next = Record::after(resume, messages, "[u] a", vec![1, 2, 3]);
+        let stored = Stored::decode(&bytes_of(&next)).unwrap();
+        assert_eq!((stored.ttl_ms, stored.pinned_until_ms), (Some(60_000), Some(9_000)));
     }
 
     #[test]

@@ -40,6 +40,14 @@ struct Turn {
     resume: Resume,
 }
 
+impl Turn {
+    /// Keeps the conversation as this request asks for.
+    fn keep(mut self, request: &ReplyRequest) -> Self {
+        self.resume.keep = self.resume.keep.then(request.cache.keep);
+        self
+    }
+}
+
 /// What a generation said.
 #[derive(Debug)]
 pub enum Step {
@@ -108,7 +116,7 @@ impl Generation {
             reply: Reply::new(request.stops.clone()),
             prompt_tokens,
             account: Account::default(),
-            turn: prepared.turn.filter(|_| !request.cache.no_store),
+            turn: prepared.turn.filter(|_| !request.cache.no_store).map(|turn| turn.keep(request)),
         })
     }
 

@@ -33,7 +33,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 
-use crate::request::{Command, GenerateError};
+use crate::request::{Command, GenerateError, Keep};
 use crate::text::quote;
 use crate::text::template::{ChatTemplate, RenderError, TemplateMessage};
 use crate::text::tokenizer::{Specials, Tokenizer};
@@ -42,7 +42,7 @@ use error::ApiError;
 use fields::Fields;
 use generate::{Generation, Step};
 use metrics::Metrics;
-use openai::{Answer, Api, NAME_BYTES_MAX, ReplyRequest};
+use openai::{Answer, Api, NAME_BYTES_MAX, Prompt, ReplyRequest};
 
 /// Bytes of a request's body: 128 k tokens of text, each character escaped, with room to spare.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
@@ -261,6 +261,14 @@ async fn reply(
         None => request.conversation.clone(),
         named => named,
     };
+    let is_recorded = conversation.is_some() && matches!(request.prompt, Prompt::Messages(_));
+    if request.cache.keep != Keep::default() && !is_recorded {
+        return Err(ApiError::field(
+            "cache",
+            "`ttl_seconds` and `pin_until` are a conversation's: send messages, and name it \
+             (`X-Conversation-Id` or `prompt_cache_key`)",
+        ));
+    }
     let answer = Answer::new(api, &request, &service.model_name);
     let mut generation =
         Generation::start(service.clone(), &request, conversation, arrived).await?;

@@ -5,9 +5,10 @@ use serde_json::{Map, Value, json};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::reply::TokenReport;
+use super::unix_seconds;
 use crate::account::Account;
 use crate::batch::TokenLogprob;
-use crate::request::{CacheUse, FinishReason, SamplingParams};
+use crate::request::{CacheUse, FinishReason, Keep, SamplingParams};
 use crate::text::template::TemplateMessage;
 use crate::text::tokenizer::Tokenizer;
 
@@ -20,6 +21,10 @@ const TOP_LOGPROBS_MAX: u8 = 20;
 const COMPLETION_LOGPROBS_MAX: u8 = 5;
 /// Messages of one request; the context bounds their text.
 const MESSAGES_MAX: usize = 4096;
+/// Longest time to live that a request may ask for: a year.
+const TTL_SECONDS_MAX: u64 = 365 * 24 * 3600;
+/// Longest pin: thirty days. Pinned blocks are nobody else's room, so that no request may ask for ever.
+const PIN_SECONDS_MAX: u64 = 30 * 24 * 3600;
 /// Bytes of a cache salt or a conversation's name.
 pub(super) const NAME_BYTES_MAX: usize = 256;
 
@@ -112,12 +117,56 @@ impl ReplyRequest {
 fn take_cache(fields: &mut Fields) -> Result<CacheUse, ApiError> {
     let Some(value) = fields.take::<Value>("cache")? else { return Ok(CacheUse::default()) };
     let mut fields = Fields::of_value("cache", value)?;
+    let now = unix_seconds();
+    let ttl = fields.number::<u64>("ttl_seconds", 1, TTL_SECONDS_MAX)?;
+    let pin_until = take_time(&mut fields, "pin_until")?;
+    if let Some(until) =
+        pin_until.filter(|until| !(now + 1..=now + PIN_SECONDS_MAX).contains(until))
+    {
+        return Err(ApiError::field(
+            "cache.pin_until",
+            format_args!(
+                "{until} is {}; a pin ends at most {PIN_SECONDS_MAX} seconds from now, which is {now}",
+                if until <= now { "not in the future" } else { "too far ahead" },
+            ),
+        ));
+    }
+    let keep = Keep {
+        ttl_ms: ttl.map(|seconds| 1000 * seconds),
+        pinned_until_ms: pin_until.map(|seconds| 1000 * seconds),
+    };
     let cache = CacheUse {
         no_read: fields.take("no_read")?.unwrap_or(false),
         no_store: fields.take("no_store")?.unwrap_or(false),
+        keep,
     };
     fields.finish()?;
+    if cache.no_store && keep != Keep::default() {
+        return Err(ApiError::field(
+            "cache.no_store",
+            "contradicts `ttl_seconds` and `pin_until`: what is not stored cannot be kept",
+        ));
+    }
     Ok(cache)
+}
+
+/// A point in time, as Unix seconds or in RFC 3339; in Unix seconds.
+fn take_time(fields: &mut Fields, field: &str) -> Result<Option<u64>, ApiError> {
+    let bad = |fields: &Fields| {
+        ApiError::field(
+            &fields.name(field),
+            "Unix seconds or a time as in 2026-12-24T18:00:00Z (RFC 3339) is expected",
+        )
+    };
+    match fields.take::<Value>(field)? {
+        None => Ok(None),
+        Some(Value::Number(number)) => number.as_u64().map(Some).ok_or_else(|| bad(fields)),
+        Some(Value::String(text)) => {
+            let time: jiff::Timestamp = text.parse().map_err(|_| bad(fields))?;
+            u64::try_from(time.as_second()).map(Some).map_err(|_| bad(fields))
+        }
+        Some(_) => Err(bad(fields)),
+    }
 }
 
 fn take_messages(fields: &mut Fields) -> Result<Option<Vec<TemplateMessage>>, ApiError> {
@@ -376,16 +425,20 @@ pub struct Usage {
 impl Usage {
     fn json(self) -> Value {
         let cached = self.account.cached;
-        let by_tier: Map<_, _> = cached.by_tier().map(|(tier, n)| (tier.into(), n.into())).into();
-        let missed = self.account.misses().map(|(reason, n)| (reason.label().into(), n.into()));
+        let object = |tokens: &mut dyn Iterator<Item = (&'static str, u32)>| -> Map<String, Value> {
+            tokens.map(|(label, tokens)| (label.to_owned(), tokens.into())).collect()
+        };
+        let by_tier = object(&mut cached.by_tier().into_iter());
+        let missed = self.account.misses().map(|(reason, tokens)| (reason.label(), tokens));
+        let missed = object(&mut { missed });
         json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.reply,
             "total_tokens": self.prompt + self.reply,
             "prompt_tokens_details": {
                 "cached_tokens": cached.total(),
-                "cached_tokens_by_tier": Value::Object(by_tier),
-                "missed_tokens_by_reason": Value::Object(missed.collect()),
+                "cached_tokens_by_tier": by_tier,
+                "missed_tokens_by_reason": missed,
             },
         })
     }
@@ -614,7 +667,7 @@ mod tests {
             "cache": { "no_read": true },
         }))
         .unwrap();
-        assert_eq!(request.cache, CacheUse { no_read: true, no_store: false });
+        assert_eq!(request.cache, CacheUse { no_read: true, ..CacheUse::default() });
         assert_eq!(request.tokens_max, Some(5));
         assert_eq!(request.sampling.top_k, 0);
         assert_eq!(request.sampling.seed, (-3_i64).cast_unsigned());
