@@ -21,12 +21,14 @@ use hashbrown::HashTable;
 use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
-use crate::key_map::KeyState;
+use crate::key_map::{KeyMap, KeyState};
 use crate::policy::{Keep, Known, QueueTicket, TenantId};
 use crate::tier::disk::StoredBlock;
 
 /// Blocks whose leaving is remembered, to name the reason of a later miss.
 const GONE_MAX: usize = 1 << 16;
+/// Tenants' parts behind shared prompts whose depth is known: a tenant for each declared prompt.
+const BRANCHES_MAX: usize = 1 << 14;
 /// Open children offered for a chain whose next tokens only the runtime knows.
 const CANDIDATES_MAX: usize = 4;
 /// Children of one parent that are looked at, the newest first: a popular prefix may have thousands.
@@ -257,9 +259,23 @@ pub struct Directory {
     gone_order: VecDeque<u64>,
     changed: Vec<EntryId>,
     now_ms: u64,
+    /// Events behind what all tenants share, and the depth of the first block after each: lists tell.
+    branches: KeyMap<u32>,
 }
 
 impl Directory {
+    /// Learns from a list where the tenant's own part begins: its first block has no block as parent.
+    pub fn learn_branch(&mut self, list: &KeyList) {
+        let blocks = list.start.shared_blocks();
+        if blocks > 0 && blocks <= list.keys.len() {
+            if self.branches.len() >= BRANCHES_MAX {
+                self.branches.clear(); // They are told again with each list.
+            }
+            let parent = list.start.parent_of(blocks, &list.keys);
+            self.branches.insert(parent, blocks as u32);
+        }
+    }
+
     /// What time it is, for what leaves from now on; milliseconds.
     pub fn tell_time(&mut self, now_ms: u64) {
         self.now_ms = now_ms;
@@ -456,7 +472,7 @@ impl Directory {
         match self.at(parent) {
             Some(parent) => parent.depth.saturating_add(1),
             None if is_root() => 0,
-            None => DEPTH_UNKNOWN,
+            None => self.branches.get(self.key(parent)).copied().unwrap_or(DEPTH_UNKNOWN),
         }
     }
 
@@ -593,12 +609,11 @@ impl Directory {
     /// The longest known prefix of a list that its reader takes.
     pub fn lookup(&self, list: &KeyList) -> Chain {
         let mut chain = Chain::default();
-        let mut parent = self.node_of(&list.root.as_parent());
         for key in &list.keys {
             let found = self.node_of(key).and_then(|id| Some((id, self.at(id)?)));
             let label = found.map(|(_, block)| self.label(block));
             match (found, label) {
-                (Some(_), Some(label)) if label.root != list.root => {
+                (Some(_), Some(label)) if label.root != list.start.root_of(chain.links.len()) => {
                     chain.miss = Some(MissReason::Fingerprint);
                 }
                 (Some(_), Some(label)) if !list.accept.takes(&label.variant, &label.numerics) => {
@@ -606,21 +621,23 @@ impl Directory {
                 }
                 (Some((id, _)), _) => {
                     chain.links.push(Link { index: chain.links.len() as u32, key: *key, id });
-                    parent = Some(id);
                     continue;
                 }
                 (None, _) => {
-                    chain.miss = Some(self.why_gone(key, parent, list));
+                    chain.miss = Some(self.why_gone(key, list, chain.links.len()));
                     chain.gone_ms = self.gone.get(&key.short()).map(|(_, at_ms)| *at_ms);
                 }
             }
             break;
         }
+        let end = chain.links.len();
+        let parent = self.node_of(&list.start.parent_of(end, &list.keys));
         let children = parent.into_iter().flat_map(|id| self.children_of(id));
         let mut open: Vec<(EntryId, &Block)> = children
             .filter(|(_, block)| {
                 let label = self.label(block);
-                label.root == list.root && list.accept.takes(&label.variant, &label.numerics)
+                label.root == list.start.root_of(end)
+                    && list.accept.takes(&label.variant, &label.numerics)
             })
             .collect();
         if chain.links.len() == list.keys.len() {
@@ -673,12 +690,13 @@ impl Directory {
         open.map(|(id, _)| *self.key(id)).collect()
     }
 
-    fn why_gone(&self, key: &BlockKey, parent: Option<EntryId>, list: &KeyList) -> MissReason {
-        // Under the root every other conversation is a sibling: that is no divergence.
-        let has_siblings = parent.is_some_and(|id| {
-            let node = &self.nodes[id.index()];
-            node.key != list.root.as_parent() && node.newest_child != EntryId::NONE
-        });
+    fn why_gone(&self, key: &BlockKey, list: &KeyList, index: usize) -> MissReason {
+        // Under a root, or behind what all share, every other conversation is a sibling: that is no
+        // divergence.
+        let is_branch = index == 0 || index == list.start.shared_blocks();
+        let parent = self.node_of(&list.start.parent_of(index, &list.keys));
+        let has_siblings = !is_branch
+            && parent.is_some_and(|id| self.nodes[id.index()].newest_child != EntryId::NONE);
         match self.gone.get(&key.short()) {
             Some((reason, _)) => *reason,
             None if has_siblings => MissReason::Diverged,
@@ -739,7 +757,7 @@ mod tests {
     fn list(tokens: &[u32], accept: Accept) -> KeyList {
         let keys = root().chain(tokens, TOKENS_PER_BLOCK);
         let tail = tokens[keys.len() * usize::from(TOKENS_PER_BLOCK)..].to_vec();
-        KeyList { root: root(), accept, keys, tail }
+        KeyList { start: root().into(), accept, keys, tail }
     }
 
     /// Stores a conversation as the runtime does: full blocks, then a tail.

@@ -13,10 +13,10 @@ use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex, Geometry, Mis
 use crate::attachment::{Fetch, ProtocolError};
 use crate::conversation::Conversations;
 use crate::deletion::Deletions;
-use crate::export::Exports;
-use crate::import::Imports;
 use crate::directory::{Block, Chain, Description, Directory, EntryId, Link, OnDisk};
+use crate::export::Exports;
 use crate::foresight::Foresight;
+use crate::import::Imports;
 use crate::metrics::Metrics;
 use crate::policy::budget::WriteBudget;
 use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
@@ -258,6 +258,7 @@ impl Store {
     /// A turn is foretold; `list` is what it will read.
     pub fn hint(&mut self, id: TurnId, hint: Hint, list: &KeyList) {
         let ticket = self.ticket(id, hint);
+        self.directory.learn_branch(list);
         let links = self.directory.lookup(list).links;
         // The rest of the list as well: its blocks may still be on their way here.
         let known = links.len();
@@ -409,6 +410,7 @@ impl Store {
 
     /// Finds the longest known prefix; pins what is in frames and asks for what is on disk.
     pub fn lookup(&mut self, waiter: Waiter, list: &KeyList, now_ms: u64) -> LookedUp {
+        self.directory.learn_branch(list);
         let chain = self.directory.lookup(list);
         let whole = self.count_lookup(list, &chain, now_ms);
         let mut found = LookedUp { miss: chain.miss, whole, ..LookedUp::default() };

@@ -40,6 +40,7 @@ use kv_protocol::{
 
 pub use bell::{Doorbell, Waker};
 pub use kv_protocol::message::{ANTICIPATED_FOR, Hint, SequenceTag, Tier};
+pub use kv_protocol::start::{Shared, Start};
 pub use kv_protocol::{
     Accept, ConversationId, Fingerprint, MissReason, NumericsTag, RootKey, Variant,
 };
@@ -63,7 +64,7 @@ pub struct Unavailable;
 /// What a sequence would like to read.
 #[derive(Debug, Clone)]
 pub struct Query {
-    root: RootKey,
+    start: Start,
     accept: Accept,
     tokens: Arc<[u32]>,
     keys: Arc<[BlockKey]>,
@@ -71,9 +72,15 @@ pub struct Query {
 
 impl Query {
     /// Computes the keys of the prompt's full blocks; what follows them is the tail.
-    pub fn new(root: RootKey, accept: Accept, tokens: Arc<[u32]>, tokens_per_block: u16) -> Self {
-        let keys = root.chain(&tokens, tokens_per_block).into();
-        Self { root, accept, tokens, keys }
+    pub fn new(
+        start: impl Into<Start>,
+        accept: Accept,
+        tokens: Arc<[u32]>,
+        tokens_per_block: u16,
+    ) -> Self {
+        let start = start.into();
+        let keys = start.chain(&tokens, tokens_per_block).into();
+        Self { start, accept, tokens, keys }
     }
 
     /// Keys of the full blocks, in order.
@@ -522,10 +529,10 @@ impl Attachment {
         if asked.introduced {
             return Ok(None);
         }
-        let Query { root, accept, tokens, keys } = &asked.query;
+        let Query { start, accept, tokens, keys } = &asked.query;
         let tokens_per_block = usize::from(self.life.table.geometry().tokens_per_block());
         let tail = tokens[keys.len() * tokens_per_block..].to_vec();
-        let list = KeyList { root: *root, accept: *accept, keys: keys.to_vec(), tail };
+        let list = KeyList { start: *start, accept: *accept, keys: keys.to_vec(), tail };
         self.write_arena(&list.encode()).map(Some).ok_or(())
     }
 
@@ -688,14 +695,10 @@ impl Attachment {
         let index = block.index as usize;
         let is_in_chain = index <= query.keys.len() && index <= SEQUENCE_KEYS_MAX as usize;
         let is_acceptable = query.accept.takes(&variant, &numerics);
-        if header.root() != query.root || !is_acceptable || !is_in_chain {
+        if !is_acceptable || !is_in_chain || header.root() != query.start.root_of(index) {
             return Err(Rejected);
         }
-        let parent = match index.checked_sub(1) {
-            Some(before) => query.keys[before],
-            None => query.root.as_parent(),
-        };
-        if header.parent() != parent {
+        if header.parent() != query.start.parent_of(index, &query.keys) {
             return Err(Rejected);
         }
         let start = index * usize::from(table.geometry().tokens_per_block());

@@ -17,6 +17,10 @@ const TOKENS_PER_BLOCK_MAX: u16 = 1024;
 const THREADS_MAX: usize = 1024;
 /// Bounds of the scheduler's tables: a step walks all running sequences.
 const SEQUENCES_MAX: usize = 4096;
+/// Declared prompts: each request is compared with all of them.
+const SHARED_PREFIXES_MAX: usize = 16;
+/// Bytes of one: half of what the system takes as one argument.
+const SHARED_PREFIX_BYTES_MAX: usize = 64 << 10;
 /// Each waiting request holds its prompt's ids.
 const WAITING_MAX: usize = 1 << 16;
 
@@ -78,6 +82,9 @@ pub struct Arguments {
     /// Whose KV a request takes: what it would compute itself, or any that has the layers it runs
     #[arg(long, env = "COLLOQUY_REUSE", value_name = "WHOSE", default_value = "own")]
     reuse: ReuseArgument,
+    /// System prompt whose leading blocks all tenants share, to the letter as clients send it; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, action = ArgAction::Append)]
+    shared_prefix: Vec<String>,
     /// Enable POST /admin/device-cache/clear
     #[arg(long, env = "COLLOQUY_ADMIN")]
     admin: bool,
@@ -129,6 +136,8 @@ pub struct Config {
     pub step_tokens_max: usize,
     /// Compute threads.
     pub threads: NonZeroUsize,
+    /// System prompts that all tenants share.
+    pub shared_prefixes: Vec<String>,
     /// AdaSkip.
     pub skip: SkipConfig,
     /// Whether admin calls are open.
@@ -148,6 +157,15 @@ pub enum ConfigError {
         value: u64,
         /// What would be accepted.
         must: String,
+    },
+    /// Too many, too long, or empty.
+    #[error(
+        "--shared-prefix: {found}; at most {SHARED_PREFIXES_MAX} are served, each of 1 to \
+         {SHARED_PREFIX_BYTES_MAX} bytes"
+    )]
+    SharedPrefix {
+        /// What is wrong.
+        found: String,
     },
     /// Empty or not printable.
     #[error("--served-name must be one to 253 printable characters without spaces")]
@@ -198,6 +216,16 @@ impl TryFrom<Arguments> for Config {
                 must: "large enough for one block of the model".to_owned(),
             });
         }
+        let prefixes = &raw.shared_prefix;
+        let is_bad = |text: &&String| text.is_empty() || text.len() > SHARED_PREFIX_BYTES_MAX;
+        if prefixes.len() > SHARED_PREFIXES_MAX {
+            let found = format!("{} were given", prefixes.len());
+            return Err(ConfigError::SharedPrefix { found });
+        }
+        if let Some(text) = prefixes.iter().find(is_bad) {
+            let found = format!("one has {} bytes", text.len());
+            return Err(ConfigError::SharedPrefix { found });
+        }
         if let Some(name) = &raw.served_name
             && (name.is_empty() || name.len() > 253 || !name.chars().all(|c| c.is_ascii_graphic()))
         {
@@ -216,6 +244,7 @@ impl TryFrom<Arguments> for Config {
             tokens_per_block: raw.tokens_per_block,
             step_tokens_max: raw.step_tokens_max,
             threads: NonZeroUsize::new(raw.threads).unwrap_or(cores),
+            shared_prefixes: raw.shared_prefix,
             skip: SkipConfig {
                 prefill_sublayers: raw.adaskip_prefill,
                 decode_sublayers: raw.adaskip_decode,
@@ -325,6 +354,24 @@ mod tests {
             let message = config(flags).unwrap_err().to_string();
             assert!(message.contains(flag), "{message}");
             assert!(message.contains("must be"), "{message}");
+        }
+    }
+
+    #[test]
+    fn shared_prefixes_may_be_many_but_neither_empty_nor_endless() {
+        let of = |texts: &[&str]| {
+            let flags: Vec<String> =
+                texts.iter().map(|text| format!("--shared-prefix={text}")).collect();
+            config(&flags.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["You help.", "-- so do you"]).unwrap().shared_prefixes.len(), 2);
+        let long = "x".repeat(100_000);
+        for bad in [vec![""], vec![long.as_str()], vec!["again"; 17]] {
+            let message = of(&bad).unwrap_err().to_string();
+            assert!(
+                message.contains("--shared-prefix") && message.contains("at most"),
+                "{message}"
+            );
         }
     }
 

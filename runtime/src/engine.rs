@@ -41,7 +41,8 @@ use crate::cache_client::{
 use crate::overlap::Rates;
 use crate::request::{Command, Event, FinishReason, Generate, GenerateError};
 use crate::scheduler::{self, Limits, State};
-use crate::sequence::Sequence;
+use crate::sequence::{Accounting, Sequence};
+use crate::shared_prefix::SharedPrefixes;
 use crate::variant;
 use anticipation::Anticipations;
 use cache::Cache;
@@ -91,6 +92,8 @@ pub struct EngineConfig {
     pub fingerprint: [u8; 32],
     /// Digest of how the backend computes (`backend::cpu::numerics_tag`).
     pub numerics_tag: u64,
+    /// Prompts whose leading blocks are every tenant's.
+    pub shared_prefixes: SharedPrefixes,
     /// The cache daemon's socket; without one nothing is kept beyond the device.
     pub cache_socket: Option<PathBuf>,
 }
@@ -449,13 +452,13 @@ impl<C: Cache> Engine<C> {
         let id = SequenceId(self.next_sequence);
         let root = RootKey::new(&self.fingerprint, &request.salt.0);
         let name = request.conversation.as_ref();
-        let anticipated = name.and_then(|name| {
-            self.anticipations.take(ConversationId::new(&root, name.as_bytes()))
-        });
+        let anticipated = name
+            .and_then(|name| self.anticipations.take(ConversationId::new(&root, name.as_bytes())));
+        let start = self.config.shared_prefixes.start(root, &request.tokens);
         let sequence = Sequence::new(
             id,
             (self.clock)(),
-            root,
+            start,
             request,
             &self.config.end_tokens,
             self.state.pool.tokens_per_block(),
@@ -633,9 +636,9 @@ impl<C: Cache> Engine<C> {
     fn admitted(&mut self, id: SequenceId, now: Duration) {
         let Some(at) = self.state.running_index(id) else { return };
         // Preempted before: its second look at the cache is not a new hit.
-        if self.state.running[at].account.is_none() {
+        if self.state.running[at].accounting == Accounting::Open {
             let account = self.account(&self.state.running[at]);
-            self.state.running[at].account = Some(account);
+            self.state.running[at].accounting = Accounting::Known(account);
         }
         let sequence = &mut self.state.running[at];
         if !std::mem::replace(&mut sequence.started, true) {
@@ -663,8 +666,8 @@ impl<C: Cache> Engine<C> {
     /// Counts where a prompt came from, once: its KV is complete, so that no load can fail any more.
     fn count_prompt(&mut self, at: usize) {
         let sequence = &mut self.state.running[at];
-        let Some(account) = sequence.account.filter(|_| !sequence.is_counted) else { return };
-        sequence.is_counted = true;
+        let Accounting::Known(account) = sequence.accounting else { return };
+        sequence.accounting = Accounting::Counted;
         sequence.send(Event::Prompt(account));
         self.stats.count_prompt(&account);
     }

@@ -19,6 +19,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
 pub mod server;
+pub mod shared_prefix;
 pub mod telemetry;
 pub mod text;
 pub mod variant;

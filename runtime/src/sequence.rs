@@ -18,7 +18,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kv_protocol::{BlockKey, MissReason, RootKey};
+use kv_protocol::start::Start;
+use kv_protocol::{BlockKey, MissReason};
 use tokio::sync::mpsc;
 
 use crate::account::{Account, Withheld};
@@ -56,6 +57,17 @@ pub struct Offered {
     pub tokens: u32,
     /// How they were computed.
     pub origin: Origin,
+}
+
+/// How far it is known where a prompt came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accounting {
+    /// Not before its first admission; again so after a load that failed.
+    Open,
+    /// As its blocks were reserved, unless a load fails.
+    Known(Account),
+    /// For good: its first token is sampled.
+    Counted,
 }
 
 /// What frames hold of a sequence's history, by place in its chain.
@@ -111,8 +123,8 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// Of `tokens`, the prompt.
     pub prompt_len: u32,
-    /// Start of the chain.
-    pub root: RootKey,
+    /// Where its chain begins.
+    pub start: Start,
     /// What its request lets the cache do.
     pub cache: CacheUse,
     /// Keys of the full blocks of `tokens`.
@@ -131,10 +143,8 @@ pub struct Sequence {
     pub waits: Vec<LoadId>,
     /// Full blocks of the table that are saved, being saved, or known to be in a frame.
     pub saved_blocks: u32,
-    /// Where its prompt was found, at its first admission; again after a load that failed.
-    pub account: Option<Account>,
-    /// Whether that was counted: once its first token is sampled.
-    pub is_counted: bool,
+    /// Where its prompt came from.
+    pub accounting: Accounting,
     /// What it found when its blocks were reserved.
     pub placed: CachedTokens,
     /// Why the rest was not found.
@@ -163,7 +173,7 @@ impl Sequence {
     pub fn new(
         id: SequenceId,
         arrived: Duration,
-        root: RootKey,
+        start: Start,
         request: Generate,
         end_tokens: &Arc<[u32]>,
         tokens_per_block: u32,
@@ -180,7 +190,7 @@ impl Sequence {
             arrived,
             prompt_len: request.tokens.len() as u32,
             tokens: request.tokens,
-            root,
+            start,
             cache: request.cache,
             keys: Vec::new(),
             table: Vec::new(),
@@ -190,8 +200,7 @@ impl Sequence {
             offer: Offer::default(),
             waits: Vec::new(),
             saved_blocks: 0,
-            account: None,
-            is_counted: false,
+            accounting: Accounting::Open,
             placed: CachedTokens::default(),
             miss: None,
             withheld: None,
@@ -250,7 +259,7 @@ impl Sequence {
 
     /// The key before block `index`.
     pub fn parent_of(&self, index: usize) -> BlockKey {
-        index.checked_sub(1).map_or_else(|| self.root.as_parent(), |before| self.keys[before])
+        self.start.parent_of(index, &self.keys)
     }
 
     /// The tokens to compute next: as far as one skip set goes.

@@ -12,6 +12,7 @@ use tracing::info;
 
 use crate::adaskip::CALIBRATION_TEXT;
 use crate::backend::cpu::{CpuBackend, CpuBackendError, CpuOptions, numerics_tag};
+use crate::cache_client::{Fingerprint, RootKey};
 use crate::config::Config;
 use crate::engine::{self, EngineConfig, EngineHandle, StartError};
 use crate::http::conversations::Conversations;
@@ -19,7 +20,9 @@ use crate::http::metrics::{self, Metrics};
 use crate::http::{self, Server, Service, Submit};
 use crate::model::fingerprint;
 use crate::request::Command;
+use crate::shared_prefix::SharedPrefixes;
 use crate::text::TextError;
+use crate::text::declared;
 use crate::text::metadata::TextMetadata;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{Specials, Tokenizer};
@@ -239,6 +242,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
             "learning which sublayers AdaSkip skips"
         );
     }
+    let shared_prefixes = shared_prefixes(config, fingerprint, &tokenizer, template.as_ref())?;
     let end_tokens: Arc<[u32]> = tokenizer.end_of_turn().into();
     let (engine, thread) = engine::start(
         EngineConfig {
@@ -252,6 +256,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
             calibration: tokenizer.encode(CALIBRATION_TEXT, Specials::Text),
             fingerprint,
             numerics_tag: numerics_tag(),
+            shared_prefixes: shared_prefixes.clone(),
             cache_socket: config.cache_socket.clone(),
         },
         Box::new(backend),
@@ -268,6 +273,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
         conversations: Conversations::new(
             fingerprint,
             config.tokens_per_block,
+            shared_prefixes,
             tokenizer.vocabulary_size(),
             submit.clone(),
             metrics.clone(),
@@ -306,6 +312,25 @@ fn read_text(model: &Model) -> Result<(Tokenizer, Option<ChatTemplate>), RunErro
         .transpose()
         .map_err(in_file)?;
     Ok((tokenizer, template))
+}
+
+/// Token ids of the prompts that the operator declared as shared.
+fn shared_prefixes(
+    config: &Config,
+    fingerprint: [u8; 32],
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> Result<SharedPrefixes, RunError> {
+    let mut prompts = Vec::new();
+    for system in &config.shared_prefixes {
+        let ids = declared::token_ids(tokenizer, template, system).map_err(|error| {
+            RunError::Config(format!("--shared-prefix: the model's template refuses it: {error}"))
+        })?;
+        info!(tokens = ids.last().map_or(0, Vec::len), "a prompt is shared by all tenants");
+        prompts.extend(ids);
+    }
+    let public = RootKey::new(&Fingerprint(fingerprint), b"");
+    Ok(SharedPrefixes::new(public, prompts, config.tokens_per_block.into()))
 }
 
 fn context_max(config: &Config, model: usize) -> Result<u32, RunError> {

@@ -59,6 +59,11 @@ pub enum Event {
         /// Tokens dropped behind them.
         dropped: u32,
     },
+    /// The blocks before are every tenant's; from here on they are one tenant's.
+    Private {
+        /// The tenant's.
+        root: RootKey,
+    },
 }
 
 /// Name of a conversation: the client's own, salted with the tenant.
@@ -114,6 +119,10 @@ impl BlockKey {
                 for word in [1, *sinks, *dropped] {
                     hasher.update(&u32::to_le_bytes(word));
                 }
+            }
+            Event::Private { root } => {
+                hasher.update(&u32::to_le_bytes(2));
+                hasher.update(&root.0);
             }
         }
         Self(*hasher.finalize().as_bytes())

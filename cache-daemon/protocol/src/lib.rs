@@ -23,6 +23,7 @@ pub mod record;
 #[cfg(not(loom))]
 pub mod region;
 pub mod ring;
+pub mod start;
 pub mod sync;
 #[cfg(not(loom))]
 pub mod table;

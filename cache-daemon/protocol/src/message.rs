@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::frame::{FrameIndex, Generation};
 use crate::key::{BlockKey, ConversationId, KEY_BYTES, RootKey};
 use crate::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
+use crate::start::{Shared, Start};
 use crate::variant::{Accept, NUMERICS_BYTES, NumericsTag, VARIANT_BYTES, Variant};
 
 /// An entry as it lies in the ring.
@@ -530,11 +531,12 @@ impl Completion {
 
 /// What a sequence wants to read: written once into the arena, then named by its sequence.
 ///
-/// `kind u32 ‖ keys u32 ‖ tail u32 ‖ 0 u32 ‖ variant 32 ‖ numerics 16 ‖ root 32 ‖ keys 32 each ‖ tail u32 each`
+/// `kind u32 ‖ keys u32 ‖ tail u32 ‖ shared blocks u32 ‖ variant 32 ‖ numerics 16 ‖ root 32 ‖ shared root 32 ‖
+/// keys 32 each ‖ tail u32 each`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyList {
-    /// Model and tenant.
-    pub root: RootKey,
+    /// Model and tenant, and what every tenant shares.
+    pub start: Start,
     /// Which blocks it takes.
     pub accept: Accept,
     /// Of the full blocks, in order.
@@ -543,7 +545,7 @@ pub struct KeyList {
     pub tail: Vec<u32>,
 }
 
-const KEY_LIST_FIXED_BYTES: usize = 16 + VARIANT_BYTES + NUMERICS_BYTES + KEY_BYTES;
+const KEY_LIST_FIXED_BYTES: usize = 16 + VARIANT_BYTES + NUMERICS_BYTES + 2 * KEY_BYTES;
 
 impl KeyList {
     /// Bytes for the arena; lists longer than [`SEQUENCE_KEYS_MAX`] are cut there (a shorter prefix
@@ -557,12 +559,15 @@ impl KeyList {
             Accept::Own { variant, numerics } => (1u32, variant.encode(), numerics.0),
             Accept::Any => (2, [0; VARIANT_BYTES], [0; NUMERICS_BYTES]),
         };
-        for count in [kind, keys.len() as u32, tail.len() as u32, 0] {
+        let shared = self.start.shared;
+        let shared_blocks = shared.map_or(0, |shared| shared.blocks.min(keys.len() as u32));
+        for count in [kind, keys.len() as u32, tail.len() as u32, shared_blocks] {
             bytes.extend_from_slice(&count.to_le_bytes());
         }
         bytes.extend_from_slice(&variant);
         bytes.extend_from_slice(&numerics);
-        bytes.extend_from_slice(&self.root.0);
+        bytes.extend_from_slice(&self.start.root.0);
+        bytes.extend_from_slice(&shared.map_or([0; KEY_BYTES], |shared| shared.root.0));
         for key in keys {
             bytes.extend_from_slice(&key.0);
         }
@@ -577,7 +582,7 @@ impl KeyList {
         let wrong_length = MessageError::List { list: "key list", bytes: bytes.len() };
         let (fixed, rest) = bytes.split_at_checked(KEY_LIST_FIXED_BYTES).ok_or(wrong_length)?;
         let count = |at: usize| u32_le(&fixed[4 * at..4 * at + 4]);
-        let (keys, tail) = (count(1), count(2));
+        let (keys, tail, shared_blocks) = (count(1), count(2), count(3));
         if keys > SEQUENCE_KEYS_MAX {
             let (found, limit) = (keys.into(), SEQUENCE_KEYS_MAX.into());
             return Err(MessageError::Bound { what: "keys of a list", found, limit });
@@ -585,6 +590,10 @@ impl KeyList {
         if tail > u32::from(crate::geometry::TOKENS_PER_BLOCK_MAX) {
             let limit = crate::geometry::TOKENS_PER_BLOCK_MAX.into();
             return Err(MessageError::Bound { what: "tail of a list", found: tail.into(), limit });
+        }
+        if shared_blocks > keys {
+            let (found, limit) = (shared_blocks.into(), keys.into());
+            return Err(MessageError::Bound { what: "shared blocks of a list", found, limit });
         }
         let (key_part, tail_part) =
             rest.split_at_checked(KEY_BYTES * keys as usize).ok_or(wrong_length)?;
@@ -602,7 +611,13 @@ impl KeyList {
             code => return Err(MessageError::Code { field: "accept kind", code: code.into() }),
         };
         Ok(Self {
-            root: RootKey(array(&fixed[64..96])),
+            start: Start {
+                root: RootKey(array(&fixed[64..96])),
+                shared: (shared_blocks > 0).then(|| Shared {
+                    root: RootKey(array(&fixed[96..128])),
+                    blocks: shared_blocks,
+                }),
+            },
             accept,
             keys: key_part.chunks_exact(KEY_BYTES).map(|key| BlockKey(array(key))).collect(),
             tail: tail_part.chunks_exact(4).map(u32_le).collect(),
@@ -737,7 +752,10 @@ mod tests {
     #[test]
     fn lists_read_back() {
         let list = KeyList {
-            root: RootKey([1; 32]),
+            start: Start {
+                root: RootKey([1; 32]),
+                shared: Some(Shared { root: RootKey([9; 32]), blocks: 1 }),
+            },
             accept: Accept::Own { variant: Variant::Exact, numerics: NumericsTag::of("x") },
             keys: vec![BlockKey([2; 32]), BlockKey([3; 32])],
             tail: vec![5, 6, 7],
@@ -750,7 +768,7 @@ mod tests {
     #[test]
     fn a_list_over_its_bound_is_cut_to_a_prefix_without_tail() {
         let list = KeyList {
-            root: RootKey([1; 32]),
+            start: RootKey([1; 32]).into(),
             accept: Accept::Any,
             keys: vec![BlockKey([2; 32]); SEQUENCE_KEYS_MAX as usize + 1],
             tail: vec![5],

@@ -14,6 +14,7 @@
 use crate::geometry::TOKENS_PER_BLOCK_MAX;
 use crate::key::{BlockKey, Event, KEY_BYTES, RootKey};
 use crate::layout::CONVERSATION_RECORD_BYTES_MAX;
+use crate::start::Start;
 
 /// Version of a record's bytes. Bytes of version 1 were the runtime's own and are no record.
 pub const RECORD_VERSION: u32 = 2;
@@ -162,14 +163,27 @@ pub enum TruncateError {
 }
 
 impl Record {
-    /// A conversation that begins under `root` and was never truncated.
-    pub fn new(root: RootKey, name: String, tokens_per_block: u16, tokens: Vec<u32>) -> Self {
+    /// A conversation that was never truncated. What it shares with every tenant is a run of its own.
+    pub fn new(
+        start: impl Into<Start>,
+        name: String,
+        tokens_per_block: u16,
+        tokens: Vec<u32>,
+    ) -> Self {
+        let start: Start = start.into();
+        let shared = start.shared_blocks();
+        let mut runs = vec![Run { parent: start.root_of(0).as_parent(), first_block: 0 }];
+        let shared_tokens = tokens.get(..shared * usize::from(tokens_per_block));
+        let shared_keys = shared_tokens.map(|tokens| start.chain(tokens, tokens_per_block));
+        if let Some(last) = shared_keys.as_ref().and_then(|keys| keys.last()) {
+            runs.push(Run { parent: start.private_parent(last), first_block: shared as u32 });
+        }
         Self {
-            root,
+            root: start.root,
             name,
             tokens_per_block,
             tokens,
-            runs: vec![Run { parent: root.as_parent(), first_block: 0 }],
+            runs,
             dropped_tokens: 0,
             ttl_ms: None,
             pinned_until_ms: None,
@@ -428,6 +442,17 @@ mod tests {
         record.former = vec![3, u64::MAX];
         record.client = b"digests".to_vec();
         record
+    }
+
+    #[test]
+    fn the_keys_of_a_conversation_behind_a_shared_prompt_are_its_chains() {
+        let shared = Some(crate::start::Shared { root: RootKey([9; 32]), blocks: 2 });
+        let start = Start { root: root(), shared };
+        let tokens: Vec<u32> = (0..u32::from(TOKENS_PER_BLOCK) * 5 + 2).collect();
+        let record = Record::new(start, "chat".into(), TOKENS_PER_BLOCK, tokens.clone());
+        assert_eq!(record.keys(), start.chain(&tokens, TOKENS_PER_BLOCK));
+        let read = Record::decode(&record.encode().unwrap()).unwrap();
+        assert_eq!((read.keys(), read.root), (record.keys(), root()));
     }
 
     #[test]

@@ -344,8 +344,8 @@ impl<'a> Replay<'a> {
             turn.chain.clone()
         };
         let needed = keys.len();
-        let list =
-            KeyList { root: root_of(turn.tenant), accept: Accept::Any, keys, tail: Vec::new() };
+        let start = root_of(turn.tenant).into();
+        let list = KeyList { start, accept: Accept::Any, keys, tail: Vec::new() };
         let links = self.directory.lookup(&list).links;
         let found = links.iter().zip(&list.keys).take_while(|(link, key)| link.key == **key);
         let found: Vec<BlockKey> = found.map(|(link, _)| link.key).collect();

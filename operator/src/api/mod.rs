@@ -20,7 +20,7 @@ pub use span::{ParseSpanError, Span};
 pub use spec::{
     AdaSkipSpec, CachePolicy, CacheSpec, ConversationModel, ConversationModelSpec, DecodeSkipSpec,
     DiskSpec, HostSpec, ModelClaim, ModelSpec, PodTemplateSpec, PrefillSkipSpec, Reuse,
-    RuntimeSpec, ScaleDownVolume,
+    RuntimeSpec, ScaleDownVolume, SharedPrefix,
 };
 pub use status::{ConversationModelStatus, ReplicaPhase, ReplicaStatus};
 

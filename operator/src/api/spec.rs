@@ -343,6 +343,21 @@ pub struct CacheSpec {
 
     /// How long KV of an idle conversation is kept; 0 keeps it until its room is needed.
     pub ttl: Span,
+
+    /// Prompts whose leading blocks all tenants share. Without this two `cache_salt`s never share KV.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub shared_prefixes: Vec<SharedPrefix>,
+}
+
+/// A prompt that all tenants send.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SharedPrefix {
+    /// A system prompt, to the letter as clients send it. It is part of the pod's command line: no place
+    /// for secrets.
+    #[schemars(length(min = 1, max = 16_384))]
+    pub system: String,
 }
 
 impl Default for CacheSpec {
@@ -354,6 +369,7 @@ impl Default for CacheSpec {
             disk: DiskSpec::default(),
             policy: CachePolicy::default(),
             ttl: Span::hours(24),
+            shared_prefixes: Vec::new(),
         }
     }
 }

@@ -78,6 +78,8 @@ pub fn runtime(spec: &ConversationModelSpec, places: RuntimePlaces<'_>) -> Vec<S
     flag("adaskip-learn-tokens", decode.learn_tokens.to_string());
     flag("adaskip-extras", decode.extras.to_string());
     flag("reuse", reuse.into());
+    let prefixes = spec.cache.shared_prefixes.iter();
+    arguments.extend(prefixes.map(|prefix| format!("--shared-prefix={}", prefix.system)));
     if runtime.admin {
         arguments.push("--admin".into());
     }
@@ -87,7 +89,7 @@ pub fn runtime(spec: &ConversationModelSpec, places: RuntimePlaces<'_>) -> Vec<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::ByteSize;
+    use crate::api::{ByteSize, SharedPrefix};
     use crate::fixtures;
 
     #[test]
@@ -107,6 +109,16 @@ mod tests {
         assert!(runtime(&model.spec, places).contains(&"--cache-socket".to_owned()));
         model.spec.cache.enabled = false;
         assert!(!runtime(&model.spec, places).iter().any(|argument| argument.contains("cache")));
+    }
+
+    #[test]
+    fn each_shared_prefix_is_one_argument_whatever_is_in_it() {
+        let places = RuntimePlaces { model: "/m", cache_socket: "/s", http: "127.0.0.1:1" };
+        let mut model = fixtures::model();
+        let system = "--help\nYou are \"kind\".".to_owned();
+        model.spec.cache.shared_prefixes = vec![SharedPrefix { system }];
+        let arguments = runtime(&model.spec, places);
+        assert!(arguments.contains(&"--shared-prefix=--help\nYou are \"kind\".".to_owned()));
     }
 
     #[test]

@@ -148,7 +148,7 @@ fn runtime(model: &ConversationModel, images: &Images) -> Container {
     Container {
         name: RUNTIME.into(),
         image: Some(settings.image.clone().unwrap_or(images.runtime.clone())),
-        args: Some(arguments::runtime(&model.spec, places)),
+        args: Some(literal(arguments::runtime(&model.spec, places))),
         ports: Some(vec![port(RUNTIME_PORT_NAME, RUNTIME_PORT)]),
         startup_probe: Some(startup_probe("/health", RUNTIME_PORT_NAME)),
         readiness_probe: Some(Probe {
@@ -170,6 +170,12 @@ fn runtime(model: &ConversationModel, images: &Images) -> Container {
         ),
         ..container(images)
     }
+}
+
+/// Arguments as they are: Kubernetes would put variables' values in the place of `$(NAME)`, and a declared
+/// prompt may say that.
+fn literal(arguments: Vec<String>) -> Vec<String> {
+    arguments.into_iter().map(|argument| argument.replace('$', "$$")).collect()
 }
 
 /// What both containers have in common.
@@ -333,6 +339,18 @@ mod tests {
         let [runtime] = &spec.containers[..] else { panic!("one container") };
         let mounts = runtime.volume_mounts.iter().flatten().map(|mount| mount.name.as_str());
         assert_eq!(mounts.collect::<Vec<_>>(), ["model"]);
+    }
+
+    #[test]
+    fn a_shared_prefix_reaches_the_runtime_as_it_was_written() {
+        let mut model = fixtures::model();
+        let system = "It costs $5, or $(PRICE).".to_owned();
+        model.spec.cache.shared_prefixes = vec![crate::api::SharedPrefix { system }];
+        let spec = pod(&model, ReplicaIndex(0), &fixtures::images()).spec.unwrap();
+        let arguments = spec.containers[0].args.clone().unwrap();
+        // As Kubernetes expands it: two dollars are one, and begin no variable.
+        let last = arguments.last().unwrap();
+        assert_eq!(last, "--shared-prefix=It costs $$5, or $$(PRICE).");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use kv_protocol::message::CommitOutcome;
 use crate::batch::FrameBytes;
 use crate::cache_client::{
     Accept, CacheClient, CacheEvent, CachedBlock, ConversationId, FreeFrame, Hint, MissReason,
-    NewBlock, NumericsTag, Query, QuestionId, RootKey, SequenceTag, Tier, Unavailable, Variant,
+    NewBlock, NumericsTag, Query, QuestionId, SequenceTag, Start, Tier, Unavailable, Variant,
 };
 
 /// A block pinned in a frame. Dropping it returns the pin.
@@ -37,8 +37,8 @@ pub struct HostBlock {
 /// What a waiting sequence would like to read.
 #[derive(Debug, Clone)]
 pub struct Wanted {
-    /// Start of its chain.
-    pub root: RootKey,
+    /// Where its chain begins.
+    pub start: Start,
     /// Which blocks it takes.
     pub accept: Accept,
     /// All tokens whose KV it could use; what follows the last full block is the tail.
@@ -137,8 +137,8 @@ impl Cache for CacheClient {
     }
 
     fn enqueue(&mut self, tag: SequenceTag, wanted: Wanted, hint: Hint) {
-        let Wanted { root, accept, tokens, tokens_per_block } = wanted;
-        let query = Query::new(root, accept, tokens, tokens_per_block);
+        let Wanted { start, accept, tokens, tokens_per_block } = wanted;
+        let query = Query::new(start, accept, tokens, tokens_per_block);
         CacheClient::enqueue(self, tag, query, hint);
     }
 

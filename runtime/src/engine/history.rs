@@ -19,11 +19,11 @@ use crate::account::Withheld;
 use crate::adaskip::policy::Reuse;
 use crate::batch::{BlockId, LoadBlock, LoadId, LoadPlan, SequenceId};
 use crate::block_pool::Origin;
-use crate::cache_client::{Accept, Hint, MissReason, RootKey, SequenceTag, Tier};
+use crate::cache_client::{Accept, Hint, MissReason, SequenceTag, Start, Tier};
 use crate::overlap::Rates;
 use crate::request::CachedTokens;
 use crate::scheduler::State;
-use crate::sequence::{Gate, Offer, Offered, Placement, Sequence};
+use crate::sequence::{Accounting, Gate, Offer, Offered, Placement, Sequence};
 
 use super::cache::{Cache, HostBlock, Wanted};
 use super::saves::Labels;
@@ -90,11 +90,13 @@ impl<C: Cache> Engine<C> {
             self.stats.anticipations.with_label_values(&["came"]).inc();
         }
         if sequence.id != id || tokens == 0 || sequence.shuns_frames {
-            anticipated.into_iter().for_each(|tag| cache.end(tag));
+            if let Some(tag) = anticipated {
+                cache.end(tag);
+            }
             return;
         }
         let tokens = Arc::from(&sequence.tokens[..tokens as usize]);
-        let wanted = wanted(&self.state, &self.labels, sequence.root, tokens);
+        let wanted = wanted(&self.state, &self.labels, sequence.start, tokens);
         let tag = anticipated.unwrap_or_else(|| self.histories.new_tag());
         let hint = expected_start(&self.state, &self.rates, place);
         cache.enqueue(tag, wanted, hint);
@@ -124,7 +126,8 @@ impl<C: Cache> Engine<C> {
                     let tag = self.histories.tags.get(&sequence.id);
                     let mut ask = tag.and_then(|tag| self.histories.asks.get_mut(tag));
                     let on_disk = ask.as_ref().and_then(|ask| ask.on_disk);
-                    let tokens = on_disk.map_or(u32::MAX, |blocks| blocks * pool.tokens_per_block());
+                    let tokens =
+                        on_disk.map_or(u32::MAX, |blocks| blocks * pool.tokens_per_block());
                     sequence.withheld = Some(Withheld { reason: MissReason::Late, tokens });
                     sequence.gate = Gate::Open;
                     if let Some((tokens, since)) = ask.as_mut().and_then(|ask| ask.awaited.take()) {
@@ -393,7 +396,9 @@ impl<C: Cache> Engine<C> {
             if let Some(sequence) = self.state.waiting_mut(id) {
                 sequence.shuns_frames = true;
                 // Unless its prompt was complete once: then this is KV of its own that has to come again.
-                sequence.account = sequence.account.filter(|_| sequence.is_counted);
+                if matches!(sequence.accounting, Accounting::Known(_)) {
+                    sequence.accounting = Accounting::Open;
+                }
             }
         }
     }
@@ -408,18 +413,13 @@ impl<C: Cache> Engine<C> {
 }
 
 /// What a turn with these tokens would like to read.
-pub(super) fn wanted(
-    state: &State,
-    labels: &Labels,
-    root: RootKey,
-    tokens: Arc<[u32]>,
-) -> Wanted {
+pub(super) fn wanted(state: &State, labels: &Labels, start: Start, tokens: Arc<[u32]>) -> Wanted {
     let accept = match state.sets.reuse {
         Reuse::Own => Accept::Own { variant: labels.own, numerics: labels.numerics },
         Reuse::Any => Accept::Any,
     };
     let tokens_per_block = state.pool.tokens_per_block() as u16;
-    Wanted { root, accept, tokens, tokens_per_block }
+    Wanted { start, accept, tokens, tokens_per_block }
 }
 
 /// When the sequence at `place` of the queue is expected to start: when all before it are computed.

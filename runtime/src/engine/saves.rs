@@ -168,7 +168,7 @@ impl<F> Saves<F> {
                 sequence: sequence.id,
                 block,
                 frame,
-                root: sequence.root,
+                root: sequence.start.root_of(index as usize),
                 parent: sequence.parent_of(index as usize),
                 tokens: sequence.tokens[start..start + tokens as usize].to_vec(),
                 variant: self.labels.variant(origin),

@@ -21,11 +21,13 @@ use std::time::Duration;
 
 use kv_protocol::key::{ConversationId, Fingerprint, RootKey};
 use kv_protocol::record::{Record as Stored, RecordError};
+use kv_protocol::start::Start;
 use tokio::sync::oneshot;
 
 use super::Submit;
 use super::metrics::Metrics;
 use crate::request::{Command, Keep};
+use crate::shared_prefix::SharedPrefixes;
 use crate::text::template::TemplateMessage;
 
 /// Records kept in the runtime. Those of a few thousand users who are mid-conversation; others are
@@ -148,7 +150,7 @@ impl Record {
             Some(Divergence::Edited)
         };
         let keep = self.keep;
-        let Some(last) = cuts.last() else { return Resume { diverged, keep, ..Resume::default() } };
+        let Some(last) = cuts.last() else { return Resume { keep, diverged, ..Resume::default() } };
         let tokens = self.tokens[..last.tokens - self.dropped].to_vec();
         Resume { cuts, tokens, dropped: self.dropped, keep, diverged }
     }
@@ -179,7 +181,12 @@ impl Record {
     }
 
     /// As the daemon keeps it. The client's part: little-endian words, counts first.
-    pub fn to_bytes(&self, name: &Name, tokens_per_block: u16) -> Result<Vec<u8>, RecordError> {
+    pub fn to_bytes(
+        &self,
+        name: &Name,
+        start: Start,
+        tokens_per_block: u16,
+    ) -> Result<Vec<u8>, RecordError> {
         let mut client = Vec::with_capacity(self.size_bytes());
         let word = |bytes: &mut Vec<u8>, value: usize| {
             bytes.extend_from_slice(&(value as u32).to_le_bytes());
@@ -193,8 +200,8 @@ impl Record {
             word(&mut client, cut.tokens);
             client.extend_from_slice(&cut.text_digest);
         }
-        let (root, text) = (name.root, name.text.clone());
-        let stored = Stored::new(root, text, tokens_per_block, self.tokens.clone());
+        let text = name.text.clone();
+        let stored = Stored::new(start, text, tokens_per_block, self.tokens.clone());
         let Keep { ttl_ms, pinned_until_ms } = self.keep;
         let dropped_tokens = self.dropped as u32;
         Stored { dropped_tokens, ttl_ms, pinned_until_ms, client, ..stored }.encode()
@@ -264,6 +271,7 @@ pub struct Name {
 pub struct Conversations {
     fingerprint: Fingerprint,
     tokens_per_block: u16,
+    shared_prefixes: SharedPrefixes,
     vocabulary: usize,
     records: Mutex<Records>,
     submit: Submit,
@@ -281,12 +289,21 @@ impl Conversations {
     pub fn new(
         fingerprint: [u8; 32],
         tokens_per_block: u16,
+        shared_prefixes: SharedPrefixes,
         vocabulary: usize,
         submit: Submit,
         metrics: Metrics,
     ) -> Self {
         let (fingerprint, records) = (Fingerprint(fingerprint), Mutex::default());
-        Self { fingerprint, tokens_per_block, vocabulary, records, submit, metrics }
+        Self {
+            fingerprint,
+            tokens_per_block,
+            shared_prefixes,
+            vocabulary,
+            records,
+            submit,
+            metrics,
+        }
     }
 
     /// The name under which a request's conversation is recorded.
@@ -319,7 +336,8 @@ impl Conversations {
 
     /// Records a turn, here and (best effort) with the daemon.
     pub fn put(&self, name: &Name, record: Record) {
-        let bytes = record.to_bytes(name, self.tokens_per_block);
+        let start = self.shared_prefixes.start(name.root, &record.tokens);
+        let bytes = record.to_bytes(name, start, self.tokens_per_block);
         self.keep(name.own, Arc::new(record));
         let record = match bytes {
             Ok(bytes) => bytes,
@@ -465,7 +483,7 @@ mod tests {
             text: "chat".into(),
             public: None,
         };
-        record.to_bytes(&name, 16).unwrap()
+        record.to_bytes(&name, root.into(), 16).unwrap()
     }
 
     #[test]

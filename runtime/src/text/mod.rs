@@ -4,6 +4,7 @@
 //! chat template. Nothing is guessed: a file that names a pre-tokenizer we do not know is refused, since
 //! a generic one gives wrong ids without any error.
 
+pub mod declared;
 pub mod detokenizer;
 pub mod metadata;
 pub mod quote;

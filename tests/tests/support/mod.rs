@@ -172,6 +172,11 @@ impl Client {
         Answer::read(&self.post("/v1/chat/completions", None, &body))
     }
 
+    /// A chat that must succeed.
+    pub fn chat(&self, body: &Value) -> Value {
+        self.post("/v1/chat/completions", None, body)
+    }
+
     /// A greedy answer of six tokens in a named conversation.
     pub fn turn(&self, conversation: &str, messages: &[Value]) -> Answer {
         let body = json!({

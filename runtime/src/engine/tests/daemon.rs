@@ -186,17 +186,16 @@ impl Cache for ToyCache {
         if daemon.is_mute {
             return Ok(());
         }
-        let keys = wanted.root.chain(&wanted.tokens, wanted.tokens_per_block);
+        let keys = wanted.start.chain(&wanted.tokens, wanted.tokens_per_block);
         let mut blocks = Vec::new();
-        let mut parent = wanted.root.as_parent();
         for (index, key) in keys.iter().enumerate() {
             let Some(stored) = daemon.blocks.get(key) else { break };
             let Some(block) = found(index, wanted, stored) else { break };
             blocks.push(block);
-            parent = *key;
         }
         // Where the chain ends: the child that goes on like this for longest, whole or partial.
         let at = blocks.len();
+        let parent = wanted.start.parent_of(at, &keys);
         let children = daemon.blocks.values().filter(|stored| stored.parent == parent);
         let next = children.filter_map(|stored| found(at, wanted, stored));
         blocks.extend(next.max_by_key(|block| block.tokens));

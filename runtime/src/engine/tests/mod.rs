@@ -41,6 +41,7 @@ struct RigConfig {
     step_tokens_max: usize,
     skip: SkipConfig,
     cached: bool,
+    shared_prefixes: Vec<Vec<u32>>,
 }
 
 impl RigConfig {
@@ -73,6 +74,11 @@ impl RigConfig {
             calibration: (0..30).map(|token| token % vocabulary).collect(),
             fingerprint: [7; 32],
             numerics_tag: 1,
+            shared_prefixes: SharedPrefixes::new(
+                RootKey::new(&Fingerprint([7; 32]), b""),
+                self.shared_prefixes,
+                TOKENS_PER_BLOCK.into(),
+            ),
             cache_socket: None,
         };
         let (skip, text) = (&config.skip, &config.calibration);
@@ -98,6 +104,7 @@ fn roomy() -> RigConfig {
         step_tokens_max: 16,
         skip: SkipConfig::OFF,
         cached: true,
+        shared_prefixes: Vec::new(),
     }
 }
 
@@ -364,6 +371,35 @@ fn two_salts_share_nothing() {
     rig.handle.submit(Command::Generate(other)).unwrap();
     rig.run();
     assert_eq!(reply(&mut receiver).cached.total(), 0);
+}
+
+#[test]
+fn two_salts_share_the_declared_prompts_blocks_and_nothing_else() {
+    let declared = prompt(4, 18);
+    for clear in [false, true] {
+        let mut rig = RigConfig { shared_prefixes: vec![declared.clone()], ..roomy() }.rig();
+        let tokens = next_turn(&declared, &[], &prompt(6, 11));
+        let mut ask = |salt: &'static [u8], tokens: &[u32]| {
+            let (mut request, mut receiver) = request(tokens, 6);
+            request.salt = Salt(Arc::from(salt));
+            rig.handle.submit(Command::Generate(request)).unwrap();
+            rig.run();
+            if clear {
+                rig.clear_device();
+            }
+            let reply = reply(&mut receiver);
+            assert_eq!(reply.tokens, cold(SkipConfig::OFF, tokens, 6));
+            reply.cached.total()
+        };
+        assert_eq!(ask(b"one", &tokens), 0);
+        // Four whole blocks of the declared eighteen tokens; the fifth has others too.
+        assert_eq!(ask(b"two", &tokens), 16);
+        assert_eq!(ask(b"", &tokens), 16);
+        assert_eq!(ask(b"one", &tokens), 28);
+        assert_eq!(ask(b"two", &tokens), 28);
+        let other = prompt(9, 29);
+        assert_eq!((ask(b"one", &other), ask(b"two", &other)), (0, 0));
+    }
 }
 
 #[test]
@@ -789,7 +825,7 @@ proptest! {
             learn_tokens: 3,
             reuse: Reuse::Own,
         };
-        let mut rig = RigConfig { blocks, sequences_max, step_tokens_max, skip, cached: true }.rig();
+        let mut rig = RigConfig { blocks, sequences_max, step_tokens_max, skip, cached: true, shared_prefixes: vec![] }.rig();
         let capacity = blocks * u32::from(TOKENS_PER_BLOCK);
         let mut conversations: Vec<Vec<u32>> = (0..4).map(|seed| prompt(seed, 6)).collect();
         let mut open = Vec::new();

@@ -1,0 +1,120 @@
+//! Where a chain begins: under its tenant's root; or, for a prompt that begins as one that the operator
+//! declared as shared, under the model's public root.
+//!
+//! ```text
+//! public root ──► block 0 ─► … ─► block n-1 ┐   every tenant's: the declared prompt and nothing else
+//!                                           └ event Private(root) ──► block n ─► …   one tenant's
+//! ```
+//!
+//! The private part hangs under an event that hashes the tenant's root, so that two tenants with the same
+//! prompt meet in the first `n` blocks and never again.
+
+use crate::key::{BlockKey, Event, RootKey};
+
+/// See the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// Model and tenant.
+    pub root: RootKey,
+    /// What comes before the tenant's own blocks.
+    pub shared: Option<Shared>,
+}
+
+/// Leading blocks that are every tenant's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shared {
+    /// The model's public root.
+    pub root: RootKey,
+    /// At least one.
+    pub blocks: u32,
+}
+
+impl From<RootKey> for Start {
+    fn from(root: RootKey) -> Self {
+        Self { root, shared: None }
+    }
+}
+
+impl Start {
+    /// Blocks that are every tenant's.
+    pub fn shared_blocks(&self) -> usize {
+        self.shared.map_or(0, |shared| shared.blocks as usize)
+    }
+
+    /// Under which root the block at `index` is stored.
+    pub fn root_of(&self, index: usize) -> RootKey {
+        match self.shared {
+            Some(shared) if index < shared.blocks as usize => shared.root,
+            _ => self.root,
+        }
+    }
+
+    /// What the block at `index` follows, given the keys before it.
+    pub fn parent_of(&self, index: usize, keys: &[BlockKey]) -> BlockKey {
+        match index.checked_sub(1) {
+            None => self.root_of(0).as_parent(),
+            Some(before) if index == self.shared_blocks() => self.private_parent(&keys[before]),
+            Some(before) => keys[before],
+        }
+    }
+
+    /// What the first private block follows, behind the last shared one.
+    pub fn private_parent(&self, shared: &BlockKey) -> BlockKey {
+        BlockKey::after(shared, &Event::Private { root: self.root })
+    }
+
+    /// Keys of the full blocks of `tokens`; what is left over is the tail.
+    pub fn chain(&self, tokens: &[u32], tokens_per_block: u16) -> Vec<BlockKey> {
+        let blocks = tokens.chunks_exact(usize::from(tokens_per_block));
+        let mut keys = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            keys.push(BlockKey::child(&self.parent_of(keys.len(), &keys), block));
+        }
+        keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Fingerprint;
+    use proptest::prelude::*;
+
+    fn root(salt: &[u8]) -> RootKey {
+        RootKey::new(&Fingerprint([7; 32]), salt)
+    }
+
+    fn start(salt: &[u8], blocks: u32) -> Start {
+        let shared = (blocks > 0).then(|| Shared { root: root(b""), blocks });
+        Start { root: root(salt), shared }
+    }
+
+    proptest! {
+        /// Two tenants with one text meet in the shared blocks, which are the public tenant's, and never
+        /// again; whatever the text and wherever it ends.
+        #[test]
+        fn two_tenants_share_exactly_the_declared_blocks(
+            tokens in proptest::collection::vec(0u32..3, 4..40),
+            blocks in 0u32..6,
+        ) {
+            let blocks = blocks.min(tokens.len() as u32 / 4);
+            let ours = start(b"a", blocks).chain(&tokens, 4);
+            let theirs = start(b"b", blocks).chain(&tokens, 4);
+            let public = root(b"").chain(&tokens, 4);
+            let (shared, own) = ours.split_at(blocks as usize);
+            prop_assert_eq!(shared, &theirs[..blocks as usize]);
+            prop_assert_eq!(shared, &public[..blocks as usize]);
+            for key in own {
+                prop_assert!(!theirs.contains(key) && !public.contains(key));
+            }
+        }
+
+        #[test]
+        fn without_a_shared_prompt_a_chain_is_its_roots(
+            tokens in proptest::collection::vec(0u32..3, 0..40),
+        ) {
+            let plain = root(b"a").chain(&tokens, 4);
+            prop_assert_eq!(Start::from(root(b"a")).chain(&tokens, 4), plain);
+        }
+    }
+}
