@@ -22,6 +22,7 @@ use kv_protocol::{AttachmentId, ConversationId, MissReason, Submission};
 
 use crate::admin::{AskError, Deleted, Reply};
 use crate::attachment::{Attachment, Fetch, Outgoing, ProtocolError, Resting, Waiting};
+use crate::inventory::Inventory;
 use crate::listen::PeerEvent;
 use crate::metrics::{BlockCounts, DeletionStatus, DiskStatus, Metrics, Snapshot};
 use crate::store::Store;
@@ -84,6 +85,7 @@ pub struct Daemon {
     metrics: Arc<Metrics>,
     peers: Receiver<PeerEvent>,
     disk_done: Receiver<Done>,
+    inventory: Inventory,
     attachments: [Option<Attachment>; ATTACHMENTS_MAX],
     resting: Vec<Resting>,
     /// Attachment whose ring is looked at first: none starves.
@@ -122,6 +124,7 @@ impl Daemon {
         metrics: Arc<Metrics>,
         peers: Receiver<PeerEvent>,
         disk_done: Receiver<Done>,
+        inventory: Inventory,
     ) -> Self {
         view.worker_starts().fetch_add(1, Ordering::Relaxed);
         store.adopt_region(&view);
@@ -140,6 +143,7 @@ impl Daemon {
             metrics,
             peers,
             disk_done,
+            inventory,
             attachments: [const { None }; ATTACHMENTS_MAX],
             resting,
             next_attachment: 0,
@@ -181,11 +185,12 @@ impl Daemon {
             self.publish_at_times(busy);
             if let Some(ended) = self.ended() {
                 tracing::info!(?ended, "worker ends");
+                self.inventory.stop();
                 self.store.disk.join();
                 return ended;
             }
             if !busy {
-                self.view.daemon_doorbell().wait(seen, TURN_MAX);
+                self.view.daemon_doorbell().wait(seen, self.inventory.rest_max(TURN_MAX));
             }
         }
     }
@@ -270,7 +275,7 @@ impl Daemon {
         for arrival in failed {
             self.arrived(&arrival);
         }
-        let mut rung = settling;
+        let mut rung = settling | self.inventory.step(&self.store, now);
         for id in AttachmentId::all() {
             match self.serve(id) {
                 Ok(served) => rung |= served,

@@ -317,7 +317,7 @@ impl Directory {
 
     /// Why a block is not known, if that is.
     pub fn why_left(&self, short: u64) -> Option<MissReason> {
-        self.gone.get(&short).copied()
+        self.gone.get(&short).map(|(reason, _)| *reason)
     }
 
     /// All known blocks that follow one, which need not be known itself. The newest first.

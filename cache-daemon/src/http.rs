@@ -1,17 +1,22 @@
-//! Health, metrics and status over HTTP, from the loop's last snapshot.
+//! Health, metrics and status over HTTP, from the loop's last snapshot; and the inventory feed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use axum::Json;
-use axum::Router;
+use axum::body::Body;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
 
+use crate::inventory::{self, SUBSCRIBERS_MAX, Subscriber};
 use crate::listen::PeerEvent;
 use crate::metrics::{Metrics, Snapshot};
 
@@ -24,6 +29,7 @@ const BIND_RETRY: Duration = Duration::from_millis(200);
 pub fn spawn(
     address: SocketAddr,
     metrics: Arc<Metrics>,
+    subscribers: Sender<Subscriber>,
     events: Sender<PeerEvent>,
     notify: impl Fn() + Send + Sync + Clone + 'static,
 ) -> std::io::Result<()> {
@@ -32,10 +38,17 @@ pub fn spawn(
         let _inside = runtime.enter();
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
     };
+    let feed = Feed {
+        subscribers,
+        places: Arc::new(Semaphore::new(SUBSCRIBERS_MAX)),
+        notify: Arc::new(notify.clone()),
+    };
+    let router =
+        router(metrics).merge(Router::new().route("/inventory", get(follow)).with_state(feed));
     let serve = async move {
         tokio::spawn(async move {
             let listener = bind(address).await;
-            if let Err(error) = axum::serve(listener, router(metrics)).await {
+            if let Err(error) = axum::serve(listener, router).await {
                 tracing::error!(%error, "http ended");
             }
         });
@@ -89,4 +102,32 @@ async fn alive(State(metrics): State<Arc<Metrics>>) -> (StatusCode, &'static str
 
 async fn status(State(metrics): State<Arc<Metrics>>) -> Json<Snapshot> {
     Json(metrics.snapshot().0)
+}
+
+/// How `/inventory` reaches the loop.
+#[derive(Clone)]
+struct Feed {
+    subscribers: Sender<Subscriber>,
+    places: Arc<Semaphore>,
+    notify: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// Lines of JSON until one side ends it: docs/inventory.md.
+async fn follow(State(feed): State<Feed>) -> Response {
+    let Ok(place) = feed.places.try_acquire_owned() else {
+        let message = format!("{SUBSCRIBERS_MAX} subscribers follow the inventory already\n");
+        return (StatusCode::SERVICE_UNAVAILABLE, message).into_response();
+    };
+    let (subscriber, stream) = inventory::subscribe();
+    if feed.subscribers.send(subscriber).is_err() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the worker ends\n").into_response();
+    }
+    (feed.notify)();
+    let lines = ReceiverStream::new(stream.lines).chain(ReceiverStream::new(stream.end));
+    // The place is taken until the connection ends.
+    let lines = lines.map(move |line| {
+        let _taken = &place;
+        Ok::<_, std::convert::Infallible>(line)
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }

@@ -5,6 +5,7 @@
 //! on a block found by such a name compares the root as well.
 
 use kv_protocol::record::{FORMER_MAX, Record};
+use kv_protocol::start::{Shared, Start};
 use kv_protocol::{BlockKey, RootKey};
 
 /// Ids shown before a divergence, and behind it on either side.
@@ -16,6 +17,8 @@ const SHOWN_AFTER: usize = 16;
 pub struct Outline {
     /// Model and tenant.
     pub root: RootKey,
+    /// What it shares with every tenant.
+    pub shared: Option<Shared>,
     /// The client's own name.
     pub name: Box<str>,
     /// Of the kept history.
@@ -77,6 +80,7 @@ impl Outline {
     pub fn of(record: &Record, keys: &[BlockKey]) -> Self {
         Self {
             root: record.root,
+            shared: record.start().shared,
             name: record.name.as_str().into(),
             tokens: record.tokens.len() as u32,
             dropped_tokens: record.dropped_tokens,
@@ -89,6 +93,11 @@ impl Outline {
             former: record.former.clone(),
             divergence: None,
         }
+    }
+
+    /// Under which root a full block is stored.
+    pub fn root_of(&self, index: usize) -> RootKey {
+        Start { root: self.root, shared: self.shared }.root_of(index)
     }
 
     /// Full blocks that both have, from the start.

@@ -203,13 +203,12 @@ impl Store {
         lines
     }
 
-    fn line(&self, id: &ConversationId, known: &Known) -> ConversationLine {
-        let Known { updated_ms, outline, .. } = known;
+    /// What a conversation has in frames, and on disk.
+    pub(crate) fn shares(&self, outline: &Outline) -> (Share, Share) {
         let (mut host, mut disk) = (Share::default(), Share::default());
-        let frame_bytes = self.geometry().map_or(0, kv_protocol::Geometry::frame_bytes);
-        let full = outline.blocks.iter();
-        let full = full.filter_map(|short| self.directory.find_short(*short, &outline.root));
-        for block in full.map(|(_, block)| block).chain(self.tails_of(outline).map(|(_, b)| b)) {
+        let frame_bytes = self.frame_bytes();
+        let full = (0..outline.blocks.len()).filter_map(|index| self.block_of(outline, index));
+        for block in full.chain(self.tails_of(outline).map(|(_, block)| block)) {
             if block.host.is_some() {
                 host.add(frame_bytes);
             }
@@ -217,6 +216,23 @@ impl Store {
                 disk.add(self.directory.label(block).disk_bytes);
             }
         }
+        (host, disk)
+    }
+
+    /// A full block of a conversation, or of what it shares with every tenant.
+    fn block_of(&self, outline: &Outline, index: usize) -> Option<&Block> {
+        let short = outline.blocks.get(index)?;
+        self.directory.find_short(*short, &outline.root_of(index)).map(|(_, block)| block)
+    }
+
+    /// What a block takes in the host tier.
+    pub(crate) fn frame_bytes(&self) -> u64 {
+        self.geometry().map_or(0, kv_protocol::Geometry::frame_bytes)
+    }
+
+    fn line(&self, id: &ConversationId, known: &Known) -> ConversationLine {
+        let Known { updated_ms, outline, .. } = known;
+        let (host, disk) = self.shares(outline);
         let ttl_ms = outline.ttl_ms.or(self.config.ttl_ms);
         ConversationLine {
             id: id.hex(),
@@ -237,8 +253,8 @@ impl Store {
     pub fn explain(&self, id: &ConversationId) -> Option<Explanation> {
         let known = self.conversations.get(id)?;
         let outline = &known.outline;
-        let is_there = |short: &u64| self.directory.find_short(*short, &outline.root).is_some();
-        let found = outline.blocks.iter().take_while(|short| is_there(short)).count();
+        let is_there = |index: &usize| self.block_of(outline, *index).is_some();
+        let found = (0..outline.blocks.len()).take_while(is_there).count();
         let tokens_per_block = u64::from(outline.tokens_per_block);
         let gap = outline.blocks.get(found).map(|short| Gap {
             block: found as u64,

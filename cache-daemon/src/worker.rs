@@ -11,6 +11,7 @@ use kv_protocol::table::RegionView;
 
 use crate::config::Config;
 use crate::daemon::{Daemon, Ended};
+use crate::inventory::Inventory;
 use crate::metrics::Metrics;
 use crate::migrate::ask::Loop;
 use crate::migrate::start::{StartError, start as start_migration};
@@ -79,6 +80,7 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
     };
     let (peer_events, peers) = channel();
     let (disk_events, disk_done) = channel();
+    let (subscribers, new_subscribers) = channel();
     let of_folder = || config.disk_dir.as_deref().map_or(Engine::Slots, Engine::of_folder);
     let engine = config.disk_engine.unwrap_or_else(of_folder);
     let disk = DiskWorkers::spawn(opener(config, engine), disk_events, notify.clone())
@@ -94,9 +96,10 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         deletion_deadline_ms: config.deletion_deadline.as_millis() as u64,
     };
     let store = Store::new(store_config, disk, metrics.clone());
+    let inventory = Inventory::new(new_subscribers);
     let state = Loop::new(peer_events.clone(), notify.clone());
     let migration = start_migration(config, &state, &metrics)?;
-    let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done)
+    let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done, inventory)
         .with_remote(migration.remote, config.remote_on_stop);
     // Only now: whoever connects finds the region adopted, and whoever asks is shown a state.
     let (path, events) = (&config.admin_socket, peer_events.clone());
@@ -104,7 +107,7 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
     {
         tracing::error!(%error, "no admin API: kvctl will not reach this worker"); // The cache works on.
     }
-    http::spawn(config.http, metrics, peer_events.clone(), notify.clone())
+    http::spawn(config.http, metrics, subscribers, peer_events.clone(), notify.clone())
         .map_err(start("http"))?;
     listen::spawn(UnixListener::from(listener), memfd.clone(), peer_events, notify)
         .map_err(start("listening"))?;

@@ -14,7 +14,7 @@
 use crate::geometry::TOKENS_PER_BLOCK_MAX;
 use crate::key::{BlockKey, Event, KEY_BYTES, RootKey};
 use crate::layout::CONVERSATION_RECORD_BYTES_MAX;
-use crate::start::Start;
+use crate::start::{Shared, Start};
 
 /// Version of a record's bytes. Bytes of version 1 were the runtime's own and are no record.
 pub const RECORD_VERSION: u32 = 2;
@@ -190,6 +190,19 @@ impl Record {
             former: Vec::new(),
             client: Vec::new(),
         }
+    }
+
+    /// Where its chain begins. A truncated history is its tenant's alone: what it shared may be gone.
+    pub fn start(&self) -> Start {
+        let shared = match self.runs.as_slice() {
+            [public, private, ..]
+                if self.dropped_tokens == 0 && public.parent != self.root.as_parent() =>
+            {
+                Some(Shared { root: RootKey(public.parent.0), blocks: private.first_block })
+            }
+            _ => None,
+        };
+        Start { root: self.root, shared }
     }
 
     /// Full blocks of the kept history.
@@ -451,6 +464,7 @@ mod tests {
         let tokens: Vec<u32> = (0..u32::from(TOKENS_PER_BLOCK) * 5 + 2).collect();
         let record = Record::new(start, "chat".into(), TOKENS_PER_BLOCK, tokens.clone());
         assert_eq!(record.keys(), start.chain(&tokens, TOKENS_PER_BLOCK));
+        assert_eq!(record.start(), start);
         let read = Record::decode(&record.encode().unwrap()).unwrap();
         assert_eq!((read.keys(), read.root), (record.keys(), root()));
     }
