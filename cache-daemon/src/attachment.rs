@@ -13,7 +13,7 @@ use kv_protocol::message::{
 };
 use kv_protocol::ring::{ArenaWriter, Consumer, Producer, RingCorrupt};
 use kv_protocol::table::RegionView;
-use kv_protocol::{AttachmentId, Completion, MissReason, Submission};
+use kv_protocol::{AttachmentId, Completion, ConversationId, MissReason, Submission};
 
 use crate::foresight::Foretold;
 use crate::metrics::Metrics;
@@ -164,6 +164,8 @@ pub enum Outgoing {
         /// The record.
         record: Option<Arc<[u8]>>,
     },
+    /// See [`Completion::Changed`].
+    Changed(ConversationId),
 }
 
 /// See the module.
@@ -296,6 +298,7 @@ impl Attachment {
             Outgoing::Committed { ticket, outcome } => {
                 Some(Completion::Committed { ticket: *ticket, outcome: *outcome })
             }
+            Outgoing::Changed(id) => Some(Completion::Changed { id: *id }),
             Outgoing::Conversation { ticket, record: None } => {
                 Some(Completion::Conversation { ticket: *ticket, record: None })
             }

@@ -8,7 +8,7 @@
 //! - `ends` names, for each block behind which a conversation may go on, those conversations: the last one
 //!   of its chain, and those stored behind that.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use kv_protocol::ConversationId;
@@ -42,7 +42,7 @@ pub struct Conversations {
     known: HashMap<ConversationId, Known>,
     by_age: BTreeSet<Age>,
     owners: HashMap<u64, u32>,
-    ends: HashMap<u64, Vec<ConversationId>>,
+    ends: HashMap<u64, HashSet<ConversationId>>,
     bytes: u64,
     bytes_max: u64,
     recent: HashMap<ConversationId, Arc<[u8]>>,
@@ -115,7 +115,7 @@ impl Conversations {
         for block in &known.outline.blocks {
             *self.owners.entry(*block).or_default() += 1;
         }
-        self.ends.entry(known.outline.open).or_default().push(id);
+        self.ends.entry(known.outline.open).or_default().insert(id);
         self.by_age.insert((known.updated_ms, id));
         self.bytes += known.bytes;
         self.known.insert(id, known);
@@ -149,7 +149,7 @@ impl Conversations {
     pub fn goes_on(&mut self, parent: u64, block: u64, tokens: &[u32], is_full: bool) {
         let Some(here) = self.ends.get(&parent) else { return };
         let mut found = Vec::new();
-        for id in here.iter().rev().take(ENDS_SCANNED_MAX) {
+        for id in here.iter().take(ENDS_SCANNED_MAX) {
             let Some(Known { outline, .. }) = self.known.get_mut(id) else { continue };
             let is_end = outline.open == parent;
             let is_ours = !is_end || outline.tail.is_empty() || outline.is_tail(tokens);
@@ -160,6 +160,13 @@ impl Conversations {
         if is_full && !found.is_empty() {
             self.ends.entry(block).or_default().extend(found);
         }
+    }
+
+    /// Whether a partial block with these ids is the end of another conversation as well.
+    pub fn is_end_of_another(&self, parent: u64, tokens: &[u32], id: &ConversationId) -> bool {
+        let here = self.ends.get(&parent).into_iter().flatten().take(ENDS_SCANNED_MAX);
+        let known = here.filter(|other| *other != id).filter_map(|other| self.known.get(other));
+        known.map(|known| &known.outline).any(|it| it.open == parent && it.is_tail(tokens))
     }
 
     /// A record that is in memory.
@@ -178,7 +185,7 @@ impl Conversations {
         self.bytes -= known.bytes;
         for end in known.outline.former.iter().chain([&known.outline.open]) {
             if let Some(here) = self.ends.get_mut(end) {
-                here.retain(|other| other != id);
+                here.remove(id);
                 if here.is_empty() {
                     self.ends.remove(end);
                 }

@@ -14,16 +14,16 @@
 //! Until 3 is done nobody may store the blocks, nor what follows them: a turn that was running when its
 //! conversation was deleted does not bring it back.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 
 use kv_protocol::{BlockKey, ConversationId, MissReason};
 
-use crate::directory::{EntryId, OnDisk};
+use crate::directory::OnDisk;
+use crate::doomed::{Doomed, doomed};
 use crate::key_map::KeySet;
-use crate::outline::Outline;
 use crate::store::Store;
 use crate::tier::disk::{DiskError, Erasure, Job};
-use crate::tombstone::{KEYS_MAX, Tombstone};
+use crate::tombstone::Tombstone;
 use crate::transfer::DiskState;
 
 /// Tombstones kept; the oldest go. A hundred bytes each.
@@ -55,6 +55,8 @@ pub struct Deletions {
     erasing: Vec<Waiting>,
     /// All keys of both.
     doomed: KeySet,
+    /// Erased; their tombstones without keys are not on disk yet.
+    short: Vec<(ConversationId, Tombstone)>,
     not_before_ms: u64,
 }
 
@@ -131,16 +133,17 @@ impl Deletions {
         self.not_before_ms = now_ms + RETRY_MS;
     }
 
-    /// An erasure is done. Whose tombstones need no keys any more.
-    fn erased(&mut self) -> Vec<(ConversationId, Tombstone)> {
+    /// An erasure is done: its tombstones need no keys any more.
+    fn erased(&mut self) {
         let done = std::mem::take(&mut self.erasing);
         self.doomed = self.waiting.iter().flat_map(|w| &w.tombstone.keys).copied().collect();
-        let short = |waiting: Waiting| {
-            let deleted_ms = waiting.tombstone.deleted_ms;
-            let is_last = self.tombstones.get(&waiting.id) == Some(&deleted_ms);
-            is_last.then_some((waiting.id, Tombstone { deleted_ms, keys: Vec::new() }))
+        let short = done.into_iter().map(|Waiting { id, tombstone }| {
+            (id, Tombstone { deleted_ms: tombstone.deleted_ms, keys: Vec::new() })
+        });
+        let is_last = |(id, tombstone): &(ConversationId, Tombstone)| {
+            self.tombstones.get(id) == Some(&tombstone.deleted_ms)
         };
-        done.into_iter().filter_map(short).collect()
+        self.short.extend(short.filter(is_last));
     }
 
     /// Forgets, and names, tombstones that are over a bound.
@@ -156,15 +159,6 @@ impl Deletions {
         }
         gone
     }
-}
-
-/// What a deletion concerns.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Doomed {
-    /// Nobody else's.
-    pub keys: Vec<BlockKey>,
-    /// Blocks of its chain that stay, for others.
-    pub shared: usize,
 }
 
 /// Why a conversation is not deleted.
@@ -210,8 +204,8 @@ impl Store {
         if self.deletions.is_full() {
             return Err(DeleteError::Full);
         }
-        let outline = &self.conversations.get(id).ok_or(DeleteError::Unknown)?.outline;
-        let doomed = self.doomed(outline);
+        let doomed = doomed(&self.directory, &self.conversations, id);
+        let doomed = doomed.ok_or(DeleteError::Unknown)?;
         self.conversations.forget(id);
         for key in &doomed.keys {
             self.forget_for_erasure(key);
@@ -225,40 +219,6 @@ impl Store {
         let tombstone = Tombstone { deleted_ms: now_ms, keys };
         self.deletions.bury(*id, tombstone.clone());
         Ok((doomed, tombstone))
-    }
-
-    /// Blocks that only this conversation has: of its history, of histories before an edit, and of turns that
-    /// were broken off behind its end. Whatever another follows stays.
-    fn doomed(&self, outline: &Outline) -> Doomed {
-        let chain: HashSet<u64> = outline.blocks.iter().copied().collect();
-        let short_of = |id: EntryId| self.directory.key(id).short();
-        let find = |short: &u64| self.directory.find_short(*short, &outline.root);
-        let own = outline.former.iter().rev().chain(outline.blocks.iter().rev());
-        let mut left: Vec<EntryId> = self.tails_of(outline).map(|(id, _)| id).collect();
-        left.extend(own.filter_map(find).map(|(id, _)| id));
-        left.truncate(KEYS_MAX);
-        let mut gone = HashSet::new();
-        let mut keys = Vec::new();
-        // Blocks behind others first; nearly all are in that order, so few passes are made.
-        loop {
-            let before = keys.len();
-            left.retain(|id| {
-                let short = short_of(*id);
-                let owners = self.conversations.owners(short);
-                let is_shared = owners > u32::from(chain.contains(&short));
-                let mut followers = self.directory.followers(short);
-                let stays = is_shared || followers.any(|(id, _)| !gone.contains(&short_of(id)));
-                if !stays && gone.insert(short) {
-                    keys.push(*self.directory.key(*id));
-                }
-                stays
-            });
-            if keys.len() == before {
-                break;
-            }
-        }
-        let shared = left.iter().filter(|id| chain.contains(&short_of(**id))).count();
-        Doomed { keys, shared }
     }
 
     /// As `forget`; the disk tier keeps what it has until it erases it.
@@ -276,11 +236,13 @@ impl Store {
 
     /// A tombstone that a restarted worker finds.
     pub(crate) fn found_tombstone(&mut self, id: ConversationId, tombstone: Tombstone) {
-        if self.conversations.contains(&id) {
+        if tombstone.keys.is_empty() && self.conversations.contains(&id) {
             return; // Begun anew meanwhile.
         }
+        // What was put or stored before this was known goes again: it may be what was deleted.
+        self.conversations.forget(&id);
         for key in &tombstone.keys {
-            self.forget_for_erasure(key); // Frames outlive a worker.
+            self.forget_for_erasure(key);
         }
         self.deletions.bury(id, tombstone);
     }
@@ -290,6 +252,7 @@ impl Store {
         for id in self.deletions.expire(now_ms) {
             self.transfers.remove_conversation(id);
         }
+        self.shorten_tombstones();
         let state = self.transfers.disk_state;
         if state == DiskState::Opening || self.transfers.any_removals() {
             return;
@@ -298,6 +261,7 @@ impl Store {
         let Some(erasure) = self.deletions.due(now_ms, erase_after_ms) else { return };
         if state == DiskState::None {
             self.deletions.erased();
+            self.deletions.short.clear(); // There is nowhere to put them.
         } else if self.disk.write(Job::Erase(erasure)).is_ok() {
             self.transfers.record_sent();
         } else {
@@ -313,13 +277,21 @@ impl Store {
             self.deletions.not_erased(now_ms);
             return;
         }
-        for (id, tombstone) in self.deletions.erased() {
-            if self.conversations.contains(&id) {
-                continue;
+        self.deletions.erased();
+    }
+
+    /// Tombstones without keys go where the erasure took the ones with keys; as many as the disk takes now.
+    fn shorten_tombstones(&mut self) {
+        while let Some((id, tombstone)) = self.deletions.short.pop() {
+            if !self.deletions.is_deleted(&id) {
+                continue; // Begun anew meanwhile.
             }
-            if self.disk.write(Job::Bury { id, tombstone }).is_ok() {
-                self.transfers.record_sent();
+            let (updated_ms, record) = (tombstone.deleted_ms, tombstone.encode().into());
+            if self.disk.write(Job::PutConversation { id, updated_ms, record }).is_err() {
+                self.deletions.short.push((id, tombstone));
+                return;
             }
+            self.transfers.record_sent();
         }
     }
 }
@@ -352,8 +324,8 @@ mod tests {
         deletions.bury(id(3), tombstone(1500, &[4]));
         assert_eq!(deletions.due(9000, 500), None, "one at a time");
         assert_eq!(deletions.waiting(), (3, Some(1000)));
-        let short = deletions.erased();
-        assert_eq!(short, [(id(1), tombstone(1000, &[])), (id(2), tombstone(1400, &[]))]);
+        deletions.erased();
+        assert_eq!(deletions.short, [(id(1), tombstone(1000, &[])), (id(2), tombstone(1400, &[]))]);
         assert_eq!(deletions.due(9000, 500).unwrap().blocks, [key(4)]);
     }
 

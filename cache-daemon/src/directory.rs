@@ -22,6 +22,7 @@ use kv_protocol::message::KeyList;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
 use crate::key_map::{KeyMap, KeyState};
+use crate::outline::Outline;
 use crate::policy::{Keep, Known, QueueTicket, TenantId};
 use crate::tier::disk::StoredBlock;
 
@@ -326,6 +327,21 @@ impl Directory {
         let first = parent.and_then(|id| self.nodes[id.index()].newest_child.some());
         let all = std::iter::successors(first, |id| self.nodes[id.index()].older.some());
         all.filter_map(|id| Some((id, self.at(id)?)))
+    }
+
+    /// Partial blocks that hold a conversation's end.
+    pub fn ends_of(&self, outline: &Outline) -> impl Iterator<Item = (EntryId, &Block)> {
+        let is_ours = |(id, block): &(EntryId, &Block)| {
+            let tokens = self.tail(*id);
+            self.label(block).root == outline.root && tokens.is_some_and(|ids| outline.is_tail(ids))
+        };
+        self.followers(outline.open).filter(is_ours)
+    }
+
+    /// What a known block follows.
+    pub fn parent_key(&self, id: EntryId) -> Option<&BlockKey> {
+        self.at(id)?;
+        Some(&self.nodes[self.nodes[id.index()].parent.some()?.index()].key)
     }
 
     /// Ids of a partial block's tokens.

@@ -14,6 +14,7 @@ pub mod conversation;
 pub mod daemon;
 pub mod deletion;
 pub mod directory;
+pub mod doomed;
 pub mod export;
 pub mod foresight;
 pub mod handback;

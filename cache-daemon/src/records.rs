@@ -134,7 +134,7 @@ impl Store {
             let found = divergence(before, record_before.as_ref(), &record, &outline, now_ms);
             // The old end may be a partial block that the new history has no use for.
             let short = |(id, _): (EntryId, &Block)| self.directory.key(id).short();
-            let ends = found.is_some().then(|| self.tails_of(before).map(short));
+            let ends = found.is_some().then(|| self.directory.ends_of(before).map(short));
             let ends: Vec<u64> = ends.into_iter().flatten().collect();
             outline.divergence = found.map(Box::new).or_else(|| before.divergence.clone());
             outline.succeed(before, ends);
@@ -164,7 +164,7 @@ impl Store {
         }
         let full = outline.blocks.iter();
         let full = full.filter_map(|short| self.directory.find_short(*short, &outline.root));
-        let all = full.chain(self.tails_of(outline));
+        let all = full.chain(self.directory.ends_of(outline));
         let keys: Vec<BlockKey> = all.map(|(id, _)| *self.directory.key(id)).collect();
         self.retain(&keys, Retention { ttl_ms, pinned_until_ms }, now_ms);
     }
@@ -175,17 +175,6 @@ impl Store {
         if self.transfers.can_write() && self.disk.write(job).is_ok() {
             self.transfers.record_sent();
         }
-    }
-
-    /// Partial blocks that hold a conversation's end.
-    pub(crate) fn tails_of(&self, outline: &Outline) -> impl Iterator<Item = (EntryId, &Block)> {
-        let partial = |(id, block)| {
-            let tokens = self.directory.tail(id)?;
-            let is_ours =
-                self.directory.label(block).root == outline.root && outline.is_tail(tokens);
-            is_ours.then_some((id, block))
-        };
-        self.directory.followers(outline.open).filter_map(partial)
     }
 
     /// Conversations last used before `age`, the most recently used first: as many as a bounded number of
@@ -208,7 +197,7 @@ impl Store {
         let (mut host, mut disk) = (Share::default(), Share::default());
         let frame_bytes = self.frame_bytes();
         let full = (0..outline.blocks.len()).filter_map(|index| self.block_of(outline, index));
-        for block in full.chain(self.tails_of(outline).map(|(_, block)| block)) {
+        for block in full.chain(self.directory.ends_of(outline).map(|(_, block)| block)) {
             if block.host.is_some() {
                 host.add(frame_bytes);
             }
@@ -262,7 +251,7 @@ impl Store {
             reason: self.directory.why_left(*short).map(MissReason::label),
         });
         let in_tail = |id| self.directory.tail(id).map_or(0, |tail| tail.len());
-        let tails = self.tails_of(outline);
+        let tails = self.directory.ends_of(outline);
         let tails = tails.map(|(id, _)| in_tail(id).min(outline.tail.len()) as u64);
         let in_tail = if gap.is_none() { tails.max().unwrap_or_default() } else { 0 };
         Some(Explanation {

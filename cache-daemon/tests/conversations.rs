@@ -8,6 +8,7 @@ use std::process::Command;
 use kv_protocol::key::BlockKey;
 use kv_protocol::message::CommitOutcome;
 use kv_protocol::{ConversationId, Record};
+use runtime::cache_client::CacheEvent;
 use serde_json::{Value, json};
 use support::{Daemon, Driver, conversation, geometry, payload, region_bytes, until};
 
@@ -195,7 +196,14 @@ fn a_fork_goes_on_by_itself_and_its_tail_is_copied_on_write() {
         assert_eq!((loaded.host, loaded.tokens), (5, grown(last).len()));
     }
     // Three blocks are one copy, two are each one's own.
-    assert_eq!(daemon.status_u64("/blocks/known"), 3 + 2 + 2);
+    until("all is counted", || (daemon.status_u64("/blocks/known") == 3 + 2 + 2).then_some(()));
+    // A fork stays whole without its original, also while both end in one partial block.
+    kvctl_json(&daemon, &["fork", "second", "third"]);
+    ready(&daemon);
+    kvctl_json(&daemon, &["delete", "first"]);
+    kvctl_json(&daemon, &["delete", "second"]);
+    assert_eq!(driver.load(&grown(8)).unwrap().tokens, grown(8).len());
+    assert_eq!(driver.load(&grown(9)).unwrap().tokens, tokens.len(), "what the fork has as well");
 }
 
 #[test]
@@ -206,6 +214,7 @@ fn a_truncated_conversation_keeps_the_blocks_behind_what_was_dropped() {
     let tokens = conversation(1, 16 * 6 + 5);
     let id = driver.save_turn("chat", &tokens).unwrap();
     let changed = kvctl_json(&daemon, &["truncate", "chat", "--sinks=1", "--drop=2"]);
+    while !matches!(driver.next_event().unwrap(), CacheEvent::Changed(of) if of == id) {}
     let line = &changed["conversation"];
     assert_eq!((&line["tokens"], &line["dropped_tokens"]), (&json!(69), &json!(32)));
     // Four full blocks are found under their old names; the tail's is computed anew.

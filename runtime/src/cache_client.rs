@@ -152,6 +152,8 @@ pub enum CacheEvent {
         /// The record, if there is one.
         record: Option<Vec<u8>>,
     },
+    /// A conversation's record is another one now, or none.
+    Changed(ConversationId),
 }
 
 /// Names a commit until it is over.
@@ -491,6 +493,7 @@ impl CacheClient {
                     question: QuestionId(ticket.0),
                     record: record.map(|_| bytes),
                 },
+                Completion::Changed { id } => CacheEvent::Changed(id),
             };
             let ended = match &event {
                 CacheEvent::Found { sequence, .. } | CacheEvent::Promoted { sequence, .. } => {
@@ -620,7 +623,7 @@ impl Attachment {
         let span = match completion {
             Completion::Found { blocks, .. } | Completion::Promoted { blocks, .. } => Some(blocks),
             Completion::Conversation { record, .. } => record,
-            Completion::Committed { .. } => None,
+            Completion::Committed { .. } | Completion::Changed { .. } => None,
         };
         let bytes = span.map(|span| self.view.completion_bytes(self.id, span)).unwrap_or_default();
         self.completions.advance(&ring);

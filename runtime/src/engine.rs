@@ -38,6 +38,7 @@ use crate::cache_client::{
     CacheClient, CacheConfig, ConversationId, Doorbell, Fingerprint, MissReason, NumericsTag,
     RootKey, Unavailable, Waker,
 };
+use crate::changes::Changes;
 use crate::overlap::Rates;
 use crate::request::{Command, Event, FinishReason, Generate, GenerateError};
 use crate::scheduler::{self, Limits, State};
@@ -121,9 +122,15 @@ pub struct EngineHandle {
     stats: EngineStats,
     waiting_max: usize,
     tokens_capacity: u32,
+    changes: Arc<Changes>,
 }
 
 impl EngineHandle {
+    /// Conversations that the daemon has changed.
+    pub fn changes(&self) -> &Arc<Changes> {
+        &self.changes
+    }
+
     /// Hands a command over without blocking, and wakes the engine.
     pub fn submit(&self, command: Command) -> Result<(), GenerateError> {
         let waiting = self.stats.requests_waiting.get().unsigned_abs() as usize;
@@ -237,6 +244,7 @@ fn build<C: Cache>(
         stats: stats.clone(),
         waiting_max: config.waiting_max,
         tokens_capacity: pool_tokens.min(config.context_max),
+        changes: Arc::default(),
     };
     let labels = Labels {
         own: variant::of(&sets.prefill),
@@ -264,6 +272,7 @@ fn build<C: Cache>(
         labels,
         flight: None,
         questions: HashMap::new(),
+        changes: handle.changes.clone(),
         commands: received,
         clock,
         next_sequence: 0,
@@ -293,6 +302,7 @@ struct Engine<C: Cache> {
     labels: Labels,
     flight: Option<Flight>,
     questions: HashMap<C::Question, Question>,
+    changes: Arc<Changes>,
     commands: Receiver<Command>,
     clock: Clock,
     next_sequence: u64,
@@ -533,6 +543,7 @@ impl<C: Cache> Engine<C> {
                         let _ = answer.send(record);
                     }
                 }
+                cache::Event::Changed(id) => self.changes.changed(id),
             }
         }
         let now = (self.clock)();

@@ -9,6 +9,7 @@ pub mod backend;
 pub mod batch;
 pub mod block_pool;
 pub mod cache_client;
+pub mod changes;
 pub mod config;
 pub mod engine;
 pub mod http;

@@ -275,6 +275,7 @@ fn load(config: &Config) -> Result<Loaded, RunError> {
             config.tokens_per_block,
             shared_prefixes,
             tokenizer.vocabulary_size(),
+            engine.changes().clone(),
             submit.clone(),
             metrics.clone(),
         ),

@@ -331,6 +331,11 @@ pub enum Completion {
         /// The record, if there is one.
         record: Option<ArenaSpan>,
     },
+    /// A record is another than this runtime put or got, or is gone: an operator changed it.
+    Changed {
+        /// Name.
+        id: ConversationId,
+    },
 }
 
 /// Why an entry, or what it names in the arena, is no message.
@@ -490,6 +495,10 @@ impl Completion {
                 let (there, span) = record.map_or((0, 0), |span| (1, span.pack()));
                 [4, ticket.0, there, span, 0, 0, 0, 0]
             }
+            Completion::Changed { id } => {
+                let [a, b, c, d] = key_words(&id.0);
+                [5, a, b, c, d, 0, 0, 0]
+            }
         }
     }
 
@@ -524,6 +533,7 @@ impl Completion {
                     _ => Some(ArenaSpan::unpack(entry[3])?),
                 },
             },
+            5 => Completion::Changed { id: ConversationId(key_bytes(&entry[1..5])) },
             code => return Err(MessageError::Code { field: "completion kind", code }),
         })
     }
@@ -743,6 +753,7 @@ mod tests {
             Completion::Committed { ticket: Ticket(9), outcome: CommitOutcome::Known },
             Completion::Conversation { ticket: Ticket(9), record: None },
             Completion::Conversation { ticket: Ticket(9), record: Some(span()) },
+            Completion::Changed { id: ConversationId([3; 32]) },
         ];
         for message in all {
             assert_eq!(Completion::decode(&message.encode()), Ok(message));

@@ -4,7 +4,9 @@ use kv_protocol::ConversationId;
 
 use super::{Asker, Daemon, unix_ms};
 use crate::admin::{Ask, AskError, Deleted, Reply, Who};
+use crate::attachment::Outgoing;
 use crate::deletion::DeleteError;
+use crate::outline::Outline;
 use crate::tier::disk::{DiskError, Job};
 use crate::transfer::DiskState;
 
@@ -38,6 +40,9 @@ impl Daemon {
                     return reply.send(Err(AskError::NotNow(told.to_owned())));
                 }
                 let put = self.store.put_conversation(id, record, unix_ms());
+                if put.is_ok() {
+                    self.tell_changed(id);
+                }
                 reply.send(put.map_err(|error| AskError::Refused(error.to_string())));
             }
             Ask::Delete { id, reply } => self.delete(&id, reply),
@@ -77,6 +82,7 @@ impl Daemon {
         if let Some(root) = root {
             self.delete_remote(*id, root, &doomed.keys);
         }
+        self.tell_changed(*id);
         let has_disk = self.store.transfers.disk_state != DiskState::None;
         let deleted = Deleted {
             blocks: doomed.keys.len() as u64,
@@ -94,6 +100,13 @@ impl Daemon {
         }
     }
 
+    /// Runtimes keep copies of records.
+    fn tell_changed(&mut self, id: ConversationId) {
+        for attachment in self.attachments.iter_mut().flatten() {
+            attachment.answer(Outgoing::Changed(id));
+        }
+    }
+
     /// A tombstone is on disk, or not.
     pub(super) fn buried(&mut self, id: &ConversationId, error: Option<&DiskError>) {
         for (deleted, reply) in self.deleting.remove(id).unwrap_or_default() {
@@ -106,17 +119,16 @@ impl Daemon {
 
     /// One walk over all outlines.
     fn find(&self, who: &Who) -> Result<ConversationId, AskError> {
-        let is_it = |id: &ConversationId, name: &str, root: &str| match who {
-            Who::Name { name: asked, root: None } => name == asked,
-            Who::Name { name: asked, root: Some(prefix) } => {
-                name == asked && root.starts_with(prefix.as_str())
-            }
-            Who::Id(digits) => !digits.is_empty() && id.hex().starts_with(digits.as_str()),
+        let is_it = |id: &ConversationId, outline: &Outline| match who {
+            Who::Name { name, .. } if name.as_str() != &*outline.name => false,
+            Who::Name { root: None, .. } => true,
+            Who::Name { root: Some(digits), .. } => begins(&outline.root.0, digits),
+            Who::Id(digits) => !digits.is_empty() && begins(&id.0, digits),
         };
-        let mut found = self.store.conversations.iter().filter_map(|(id, known)| {
-            let root = known.outline.root.to_string();
-            is_it(id, &known.outline.name, &root).then_some((*id, root))
-        });
+        let all = self.store.conversations.iter();
+        let mut found = all
+            .filter(|(id, known)| is_it(id, &known.outline))
+            .map(|(id, known)| (*id, known.outline.root.to_string()));
         let shown = match who {
             Who::Name { name, .. } => format!("{name:?}"),
             Who::Id(digits) => digits.clone(),
@@ -146,6 +158,30 @@ fn not_durable(why: &str) -> AskError {
     ))
 }
 
+/// Whether a hash begins with these hexadecimal digits.
+fn begins(hash: &[u8], digits: &str) -> bool {
+    let halves = hash.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(u32::from);
+    let mut asked = digits.chars().map(|digit| digit.to_digit(16));
+    digits.len() <= 2 * hash.len()
+        && halves.zip(&mut asked).all(|(half, digit)| Some(half) == digit)
+}
+
 pub(super) fn no_conversation(id: &ConversationId) -> AskError {
     AskError::NoConversation { who: id.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_is_known_by_its_first_digits() {
+        let hash = [0xab, 0xc0, 0x12];
+        for digits in ["", "a", "ab", "ABC", "abc012"] {
+            assert!(begins(&hash, digits), "{digits}");
+        }
+        for digits in ["b", "abd", "xy", "abc0123", "é"] {
+            assert!(!begins(&hash, digits), "{digits}");
+        }
+    }
 }

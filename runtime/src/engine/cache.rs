@@ -78,6 +78,8 @@ pub enum Event<Q> {
     Committed(CommitOutcome),
     /// Answer of `get_conversation`.
     Conversation(Q, Option<Vec<u8>>),
+    /// A conversation's record is another one now, or none.
+    Changed(ConversationId),
 }
 
 /// See the module.
@@ -184,6 +186,7 @@ impl Cache for CacheClient {
             }
             CacheEvent::Committed { outcome, .. } => Event::Committed(outcome),
             CacheEvent::Conversation { question, record } => Event::Conversation(question, record),
+            CacheEvent::Changed(id) => Event::Changed(id),
         })
     }
 }

@@ -26,6 +26,7 @@ use tokio::sync::oneshot;
 
 use super::Submit;
 use super::metrics::Metrics;
+use crate::changes::{Changes, Stale};
 use crate::request::{Command, Keep};
 use crate::shared_prefix::SharedPrefixes;
 use crate::text::template::TemplateMessage;
@@ -274,6 +275,7 @@ pub struct Conversations {
     shared_prefixes: SharedPrefixes,
     vocabulary: usize,
     records: Mutex<Records>,
+    changes: Arc<Changes>,
     submit: Submit,
     metrics: Metrics,
 }
@@ -291,6 +293,7 @@ impl Conversations {
         tokens_per_block: u16,
         shared_prefixes: SharedPrefixes,
         vocabulary: usize,
+        changes: Arc<Changes>,
         submit: Submit,
         metrics: Metrics,
     ) -> Self {
@@ -301,6 +304,7 @@ impl Conversations {
             shared_prefixes,
             vocabulary,
             records,
+            changes,
             submit,
             metrics,
         }
@@ -352,8 +356,15 @@ impl Conversations {
         }
     }
 
+    /// The copy here, unless the daemon has another record by now.
     fn local(&self, id: ConversationId) -> Option<Arc<Record>> {
-        self.records.lock().unwrap_or_else(PoisonError::into_inner).get(&id.0)
+        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.changes.take() {
+            Stale::None => {}
+            Stale::Some(ids) => ids.iter().for_each(|id| records.forget(&id.0)),
+            Stale::All => *records = Records::default(),
+        }
+        records.get(&id.0)
     }
 
     fn keep(&self, id: ConversationId, record: Arc<Record>) {
@@ -390,6 +401,12 @@ impl Records {
         let (record, used) = self.by_id.get_mut(id)?;
         *used = self.clock;
         Some(record.clone())
+    }
+
+    fn forget(&mut self, id: &[u8; 32]) {
+        if let Some((record, _)) = self.by_id.remove(id) {
+            self.size_bytes -= record.size_bytes();
+        }
     }
 
     fn insert(&mut self, id: [u8; 32], record: Arc<Record>) {

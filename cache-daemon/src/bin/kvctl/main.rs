@@ -23,7 +23,7 @@ use client::Client;
 /// Look into the KV cache, and change what it keeps.
 ///
 /// All but `replay`, `generate` and `convert` ask a running daemon, so they run where its admin socket is:
-/// `kubectl exec POD -c cache-daemon -- kvctl status`.
+/// `kubectl exec POD -c cache-daemon -- /colloquy/kvctl status`.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Kvctl {
