@@ -109,6 +109,8 @@ impl Store {
         }
         let replies = self.exports.copying.remove(&key).unwrap_or_default();
         let copy = match result {
+            // Deleted meanwhile: nobody gets it from here on.
+            Ok(_) if self.directory.get(&key).is_none() => None,
             Ok(copy) => Some(copy),
             Err(reason) => {
                 tracing::warn!(%key, reason = reason.label(), "block not exported");

@@ -24,7 +24,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kv_protocol::key::KEY_BYTES;
 use kv_protocol::{BlockKey, ConversationId, RootKey};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::timeout;
 
 use super::ask::{Loop, Refused};
@@ -45,10 +45,12 @@ const PIECE_BYTES: usize = 256 << 10;
 const CONNECTIONS_MAX: usize = 32;
 /// Streams of blocks at once; each has up to three blocks in memory.
 const STREAMS_MAX: usize = 4;
+/// A connection that has signed nothing by then is closed: places are for those who know the secret.
+const UNSIGNED_MAX: Duration = Duration::from_secs(3);
 /// Requests on one connection at once.
 const REQUESTS_PER_CONNECTION: u32 = 4;
 /// How long a request's body may take.
-const BODY_MAX: Duration = Duration::from_secs(10);
+const BODY_MAX: Duration = Duration::from_secs(2);
 /// How long the other side may take none of an answer: longer than its wait for a free frame.
 const STALLED_MAX: Duration = Duration::from_mins(1);
 /// A peer that does not answer a ping for as long again is gone.
@@ -154,25 +156,35 @@ impl Exporter {
         peer: SocketAddr,
         _permit: OwnedSemaphorePermit,
     ) {
+        let (signed, is_signed) = watch::channel(false);
         let service = service_fn(move |request| {
-            let exporter = self.clone();
-            async move { Ok::<_, Infallible>(exporter.answer(request, peer).await) }
+            let (exporter, signed) = (self.clone(), signed.clone());
+            async move { Ok::<_, Infallible>(exporter.answer(request, peer, &signed).await) }
         });
-        let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_EVERY)
             .max_concurrent_streams(REQUESTS_PER_CONNECTION)
             .max_send_buf_size(PIECE_BYTES)
-            .serve_connection(TokioIo::new(stream), service)
-            .await;
-        if let Err(error) = served {
-            tracing::info!(%peer, %error, "connection of a migration ended");
+            .serve_connection(TokioIo::new(stream), service);
+        tokio::select! {
+            served = connection => {
+                if let Err(error) = served {
+                    tracing::info!(%peer, %error, "connection of a migration ended");
+                }
+            }
+            () = unsigned(is_signed) => tracing::info!(%peer, "connection without a signed request closed"),
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
-        let (status, body) = match self.try_answer(request).await {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: SocketAddr,
+        signed: &watch::Sender<bool>,
+    ) -> Response<Answer> {
+        let (status, body) = match self.try_answer(request, signed).await {
             Ok(body) => (StatusCode::OK, body),
             Err(error) => {
                 tracing::warn!(%peer, %error, "export refused");
@@ -185,7 +197,11 @@ impl Exporter {
         response
     }
 
-    async fn try_answer(&self, request: Request<Incoming>) -> Result<Answer, ServeError> {
+    async fn try_answer(
+        &self,
+        request: Request<Incoming>,
+        signed: &watch::Sender<bool>,
+    ) -> Result<Answer, ServeError> {
         let (head, body) = request.into_parts();
         let body = Limited::new(body, KEY_BYTES * (1 + BATCH_MAX)).collect();
         let body = timeout(BODY_MAX, body).await.map_err(|_| ServeError::Request("no body"))?;
@@ -199,6 +215,7 @@ impl Exporter {
         let path = head.uri.path();
         secret.verify(head.method.as_str(), path, &body, &signature)?;
         self.gate.lock().unwrap_or_else(PoisonError::into_inner).admit(unix_ms(), &signature)?;
+        signed.send_replace(true);
         let key = secret.answer_key(&signature);
         match (&head.method, path.strip_prefix("/v1/").unwrap_or_default()) {
             (&Method::POST, "blocks") => self.blocks(&body, key),
@@ -244,6 +261,14 @@ impl Exporter {
         };
         tokio::spawn(stream.send_all(root, keys));
         Ok(Answer(receiver))
+    }
+}
+
+/// Returns when a connection has had its time and signed nothing.
+async fn unsigned(is_signed: watch::Receiver<bool>) {
+    tokio::time::sleep(UNSIGNED_MAX).await;
+    if *is_signed.borrow() {
+        std::future::pending().await
     }
 }
 

@@ -173,6 +173,18 @@ fn a_source_that_says_nothing_is_given_up_by_name() {
 }
 
 #[test]
+fn strangers_that_hold_all_connections_are_put_out() {
+    let mut source = Replica::start(40, &[]);
+    let mut here = Replica::start(40, &[]);
+    let held = source.hold(1, 16 * 4);
+    let strangers: Vec<TcpStream> =
+        (0..100).map(|_| TcpStream::connect(source.exports).expect("it listens")).collect();
+    here.import(held.id, source.exports).expect("an import");
+    assert_eq!(here.check(&held), held.tokens.len());
+    drop(strangers);
+}
+
+#[test]
 fn no_more_bytes_are_sent_than_the_rate_allows() {
     let rate = 1 << 20;
     let mut source = Replica::start(200, &[&format!("--migration-bytes-per-second={rate}")]);
