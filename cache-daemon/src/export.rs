@@ -13,24 +13,40 @@ use crate::migrate::ask::{Chain, Refused, Reply};
 use crate::migrate::bundle::BlockBytes;
 use crate::store::Store;
 use crate::tier::disk::{CopyFrom, Job};
+use crate::transfer::DiskState;
 
 /// Copies under way: turns keep most of the disk's readers to themselves.
 const COPIES_MAX: usize = 2;
 /// Blocks that are asked for and wait; a transfer asks for one or two at a time.
 const WAITING_MAX: usize = 64;
 
+type Listing = Reply<Result<Vec<BlockKey>, Refused>>;
 type Answer = Reply<Result<Option<BlockBytes>, Refused>>;
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Exports {
+    /// While the disk's index is being read.
+    asking: Vec<(Chain, Listing)>,
     waiting: VecDeque<(BlockKey, RootKey, Answer)>,
     copying: KeyMap<Vec<Answer>>,
 }
 
 impl Store {
-    /// Which of a record's blocks are in any tier.
-    pub(crate) fn present(&self, chain: &Chain) -> Vec<BlockKey> {
+    /// Somebody wants to know which of a record's blocks are here: known when the disk's index is read to its
+    /// end, and answered then.
+    pub(crate) fn want_present(&mut self, chain: Chain, reply: Listing) {
+        if self.transfers.disk_state != DiskState::Opening {
+            let _ = reply.send(Ok(self.present(&chain))); // Gone meanwhile is as good.
+        } else if self.exports.asking.len() >= WAITING_MAX {
+            let _ = reply.send(Err(Refused::Opening));
+        } else {
+            self.exports.asking.push((chain, reply));
+        }
+    }
+
+    /// In the order of tokens, tails last.
+    fn present(&self, chain: &Chain) -> Vec<BlockKey> {
         let ours = |key: &&BlockKey| {
             let block = self.directory.get(key);
             block.is_some_and(|block| self.directory.label(block).root == chain.root)
@@ -54,6 +70,11 @@ impl Store {
 
     /// Begins the copies that can begin.
     pub(crate) fn begin_copies(&mut self) {
+        if self.transfers.disk_state != DiskState::Opening {
+            for (chain, reply) in std::mem::take(&mut self.exports.asking) {
+                let _ = reply.send(Ok(self.present(&chain)));
+            }
+        }
         while self.exports.copying.len() < COPIES_MAX
             && let Some((key, root, reply)) = self.exports.waiting.pop_front()
         {
@@ -61,6 +82,10 @@ impl Store {
                 continue; // The transfer has ended.
             }
             let Some((from, frame)) = self.copy_source(&key, &root) else {
+                if self.transfers.disk_state == DiskState::Opening {
+                    self.exports.waiting.push_front((key, root, reply));
+                    return; // It may be found yet: gone is only what the whole index does not name.
+                }
                 let _ = reply.send(Ok(None));
                 continue;
             };

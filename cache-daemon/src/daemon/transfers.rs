@@ -26,7 +26,7 @@ impl Daemon {
         match ask {
             Ask::Model(reply) => _ = reply.send(self.model()),
             Ask::Record { conversation, reply } => self.want_record(conversation, reply),
-            Ask::Present { chain, reply } => _ = reply.send(self.store.present(&chain)),
+            Ask::Present { chain, reply } => self.store.want_present(chain, reply),
             Ask::Copy { key, root, reply } => self.store.want_copy(key, root, reply),
             Ask::Missing { keys, reply } => _ = reply.send(self.store.missing(keys)),
             Ask::Unowned { keys, reply } => {

@@ -25,6 +25,9 @@ pub enum Refused {
     /// More questions than may wait.
     #[error("this daemon has too many transfers under way: ask again later")]
     Busy,
+    /// What it has is not known yet.
+    #[error("this daemon is still reading what it has on disk: ask again later")]
+    Opening,
     /// No runtime was ever attached, so blocks have no shape.
     #[error("this daemon knows no model yet: a runtime must have attached to it once")]
     NoModel,
@@ -87,7 +90,7 @@ pub enum Ask {
         /// Of the record's full blocks and its tail.
         chain: Chain,
         /// In the order of tokens.
-        reply: Reply<Vec<BlockKey>>,
+        reply: Reply<Result<Vec<BlockKey>, Refused>>,
     },
     /// A copy of a block.
     Copy {
@@ -199,7 +202,7 @@ impl Loop {
 
     /// See [`Ask::Present`].
     pub async fn present(&self, chain: Chain) -> Result<Vec<BlockKey>, Refused> {
-        self.ask(|reply| Ask::Present { chain, reply }).await
+        self.ask(|reply| Ask::Present { chain, reply }).await?
     }
 
     /// See [`Ask::Copy`].

@@ -92,7 +92,9 @@ impl ServeError {
             Self::Request(_) => StatusCode::BAD_REQUEST,
             Self::Describe(DescribeError::Refused(refused)) => match refused {
                 Refused::Deleted(_) => StatusCode::GONE,
-                Refused::Busy | Refused::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+                Refused::Busy | Refused::Opening | Refused::Stopping => {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }
                 _ => StatusCode::CONFLICT,
             },
             Self::Describe(_) => StatusCode::NOT_FOUND,
@@ -268,7 +270,7 @@ impl Exporter {
 async fn unsigned(is_signed: watch::Receiver<bool>) {
     tokio::time::sleep(UNSIGNED_MAX).await;
     if *is_signed.borrow() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 
