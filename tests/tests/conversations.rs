@@ -4,7 +4,7 @@ mod support;
 
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::daemon::Daemon;
 use support::{Client, Runtime, beside_us, prompt};
 
@@ -35,15 +35,24 @@ fn with_runtime(test: impl FnOnce(&Daemon, &Client)) {
     runtime.stop();
 }
 
+/// A turn of a named conversation: the reply, and the tokens of its prompt.
+fn turn(client: &Client, conversation: &str, messages: &[(&str, &str)]) -> (String, u64) {
+    let message = |(role, content): &(&str, &str)| json!({ "role": role, "content": content });
+    let messages: Vec<Value> = messages.iter().map(message).collect();
+    let answer = client.turn(conversation, &messages);
+    let tokens = answer.usage["prompt_tokens"].as_u64().expect("a count");
+    (answer.text, tokens)
+}
+
 #[test]
 fn an_edited_conversation_is_explained_in_words() {
     with_runtime(|daemon, client| {
         let (apples, pears) = (opening("apples"), opening("pears"));
-        let (reply, _) = client.turn("chat", &[("user", &apples)]);
-        client.turn("chat", &[("user", &apples), ("assistant", &reply), ("user", "more")]);
+        let (reply, _) = turn(client, "chat", &[("user", &apples)]);
+        turn(client, "chat", &[("user", &apples), ("assistant", &reply), ("user", "more")]);
         let fine = kvctl(daemon, &["explain", "chat"]);
         assert_eq!(fine["divergence"], Value::Null, "{fine}");
-        client.turn("chat", &[("user", &pears), ("assistant", &reply), ("user", "more")]);
+        turn(client, "chat", &[("user", &pears), ("assistant", &reply), ("user", "more")]);
         let found = kvctl(daemon, &["explain", "chat", "--runtime", client.url()]);
         let divergence = &found["divergence"];
         assert_eq!(divergence["reason"], "edited", "{found}");
@@ -59,10 +68,10 @@ fn a_truncation_reaches_the_next_turn_of_a_living_runtime() {
     with_runtime(|daemon, client| {
         let opening = opening("plums");
         let second = |name, reply: &str| {
-            client.turn(name, &[("user", &opening), ("assistant", reply), ("user", "more")]).1
+            turn(client, name, &[("user", &opening), ("assistant", reply), ("user", "more")]).1
         };
-        let (reply, _) = client.turn("untouched", &[("user", &opening)]);
-        let (same, _) = client.turn("truncated", &[("user", &opening)]);
+        let (reply, _) = turn(client, "untouched", &[("user", &opening)]);
+        let (same, _) = turn(client, "truncated", &[("user", &opening)]);
         assert_eq!(reply, same);
         let changed = kvctl(daemon, &["truncate", "truncated", "--drop=2"]);
         assert_eq!(changed["conversation"]["dropped_tokens"], 32, "{changed}");

@@ -207,28 +207,6 @@ impl Client {
         &self.base
     }
 
-    /// A greedy turn of a named conversation: the reply, and the tokens of its prompt.
-    pub fn turn(&self, conversation: &str, messages: &[(&str, &str)]) -> (String, u64) {
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|(role, content)| json!({ "role": role, "content": content }))
-            .collect();
-        let reply = self.post(
-            "/v1/chat/completions",
-            &json!({
-                "messages": messages, "prompt_cache_key": conversation, "max_tokens": 6,
-                "temperature": 0, "ignore_eos": true,
-            }),
-        );
-        let text = reply.pointer("/choices/0/message/content").and_then(Value::as_str);
-        let tokens = reply.pointer("/usage/prompt_tokens").and_then(Value::as_u64);
-        let told = || format!("no turn in {reply}");
-        (
-            text.unwrap_or_else(|| panic!("{}", told())).to_owned(),
-            tokens.unwrap_or_else(|| panic!("{}", told())),
-        )
-    }
-
     /// The next turns load their history from frames.
     pub fn clear_device(&self) {
         self.post("/admin/device-cache/clear", None, &json!({}));
