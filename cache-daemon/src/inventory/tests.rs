@@ -20,8 +20,11 @@ impl Client {
         let line: Value = serde_json::from_slice(line).expect("a line of JSON");
         let number = |field: &str| line[field].as_u64().expect("a number");
         if let (Some(sequence), true) = (line["sequence"].as_u64(), line["type"] != "snapshot") {
-            let is_change = !matches!(line["type"].as_str(), Some("heartbeat" | "end"));
-            assert_eq!(sequence, self.sequence + u64::from(is_change), "a gap before {line}");
+            match line["type"].as_str() {
+                Some("end") => assert!(sequence >= self.sequence, "{line} goes back"), // What was missed is missing.
+                Some("heartbeat") => assert_eq!(sequence, self.sequence, "a gap before {line}"),
+                _ => assert_eq!(sequence, self.sequence + 1, "a gap before {line}"),
+            }
             self.sequence = sequence;
         }
         let id = || line["id"].as_str().expect("an id").to_owned();
