@@ -1,6 +1,6 @@
 //! Blocks in all tiers: directory, host frames and disk together, and what may be done with a block.
 //!
-//! The moves between tiers are in [`crate::moves`] and [`crate::transfer`]; this file has what the loop's messages ask for.
+//! The moves between tiers are in `crate::moves` and [`crate::transfer`]; this file has what the loop's messages ask for.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
 //! Moves between tiers: promotes for lookups and for hints, write-behind, demotes, drops from disk. Which
-//! block moves is chosen in [`crate::moves`].
+//! block moves is chosen in `crate::moves`.
 //!
 //! Each move is begun here and ends in `Store::finish`, when a disk thread has done its part; the loop
 //! never waits. Numbers of moves under way are bounded; what is more waits in order.

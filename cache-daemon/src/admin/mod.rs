@@ -1,8 +1,8 @@
 //! The admin API: HTTP on a Unix socket of mode 0600. It holds no state: a request goes to the loop as an
 //! [`Ask`] and is answered from there. Table of requests: docs/conversations.md.
 //!
-//! Bounds: [`CONNECTIONS_MAX`] connections (more wait unaccepted), one request at a time on each, bodies of
-//! [`BODY_BYTES_MAX`], [`ANSWER_MAX`] for the loop's answer, [`IDLE_MAX`] without a byte either way.
+//! Bounds: `CONNECTIONS_MAX` connections (more wait unaccepted), one request at a time on each, bodies of
+//! `BODY_BYTES_MAX`, `ANSWER_MAX` for the loop's answer, `IDLE_MAX` without a byte either way.
 
 mod ask;
 mod conversations;
@@ -51,7 +51,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Asks the loop and waits for its answer, not longer than [`ANSWER_MAX`].
+    /// Asks the loop and waits for its answer, not longer than `ANSWER_MAX`.
     pub async fn ask<T>(&self, ask: impl FnOnce(Reply<T>) -> Ask) -> Result<T, AskError> {
         let (reply, answer) = oneshot::channel();
         let event = PeerEvent::Ask(ask(Reply(reply)));

@@ -1,6 +1,6 @@
 //! The tiers under a trace: which blocks are in host memory and on disk when each turn starts.
 //!
-//! Directory, queue and index are the daemon's, and so are the rules of what moves ([`crate::moves`]). The disk
+//! Directory, queue and index are the daemon's, and so are the rules of what moves (`crate::moves`). The disk
 //! is a rate: one block at a time, reads and writes in turn while both wait, lookups before hints.
 
 use std::cmp::Reverse;
