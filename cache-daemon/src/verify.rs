@@ -1,7 +1,7 @@
 //! A walk through all stored blocks that reads each and checks it, a bounded part at a time, on the disk's
 //! reading threads. What is bad is forgotten, as when a lookup finds it.
 //!
-//! Paced: [`BYTES_PER_S`], one part under way at a time, and none while a lookup waits for the disk.
+//! Paced: `BYTES_PER_S`, one part under way at a time, and none while a lookup waits for the disk.
 
 use kv_protocol::{BlockKey, MissReason};
 use serde::Serialize;

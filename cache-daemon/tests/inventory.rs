@@ -146,7 +146,8 @@ fn a_client_that_applies_the_stream_knows_what_a_new_snapshot_says() {
     let map = agree(&daemon, &followed);
     assert_eq!(map.end, None);
     assert!(daemon.status_u64("/evictions_host") > 0, "nothing moved: {}", daemon.status());
-    assert!(map.sequence > 90, "{map:?}");
+    // All but the first came as changes; turns that follow one another at once may share one.
+    assert!(map.sequence >= map.conversations.len() as u64 - 1, "{map:?}");
 }
 
 #[test]
