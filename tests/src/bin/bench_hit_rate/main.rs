@@ -144,7 +144,7 @@ fn healthy(disk: f64, anticipate_s: u64) -> String {
     format!("H, {disk} GB/s, anticipate {anticipate_s} s")
 }
 
-/// A third of H's people, and all that [`noisy`] sends beside them, ten times as much.
+/// A third of H's people, and all that one noisy tenant sends beside them, ten times as much.
 const QUIET_SESSIONS: u32 = 1_500;
 
 /// All traces.
