@@ -4,6 +4,7 @@
 //! frame; on disk the same bytes precede the payload. A header is read by copying it out and decoding
 //! the copy: it carries its own CRC32C, and the key must follow from parent and tokens.
 
+use crate::bytes::{array_at, u16_at, u32_at, u64_at};
 use crate::frame::Generation;
 use crate::geometry::Geometry;
 use crate::key::{BlockKey, KEY_BYTES, RootKey};
@@ -257,24 +258,6 @@ fn header_crc(bytes: &[u8]) -> u32 {
     let crc = crc32c::crc32c(&bytes[..AT_CRC]);
     let crc = crc32c::crc32c_append(crc, &[0; 4]);
     crc32c::crc32c_append(crc, &bytes[AT_CRC + 4..])
-}
-
-fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut array = [0; N];
-    array.copy_from_slice(&bytes[at..at + N]);
-    array
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(array_at(bytes, at))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array_at(bytes, at))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array_at(bytes, at))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //!   fails is an error value, never a panic.
 //! - Unsafe code is in [`region`] alone: everything above works on atomics and on copies.
 
+mod bytes;
 #[cfg(not(loom))]
 pub mod doorbell;
 pub mod frame;

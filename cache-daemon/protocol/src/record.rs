@@ -11,6 +11,7 @@
 //!
 //! The byte table stands in docs/conversations.md.
 
+use crate::bytes::{array_at, u16_at, u32_at, u64_at};
 use crate::geometry::TOKENS_PER_BLOCK_MAX;
 use crate::key::{BlockKey, Event, KEY_BYTES, RootKey};
 use crate::layout::CONVERSATION_RECORD_BYTES_MAX;
@@ -410,24 +411,6 @@ fn crc(bytes: &[u8]) -> u32 {
     let crc = crc32c::crc32c(&bytes[..AT_CRC]);
     let crc = crc32c::crc32c_append(crc, &[0; 4]);
     crc32c::crc32c_append(crc, &bytes[AT_CRC + 4..])
-}
-
-fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    let mut array = [0; N];
-    array.copy_from_slice(&bytes[at..at + N]);
-    array
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(array_at(bytes, at))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(array_at(bytes, at))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(array_at(bytes, at))
 }
 
 #[cfg(test)]

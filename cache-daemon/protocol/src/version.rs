@@ -4,9 +4,9 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayoutVersion {
-    /// A hint may foretell a turn that is not in the queue; conversation records are typed
-    /// ([`crate::record`]). Block headers are as in V1, and those of V1
-    /// and V2 are read.
+    /// A hint may foretell a turn that is not in the queue; a key list may begin under a shared root;
+    /// runtimes are told of changed conversations; conversation records are typed ([`crate::record`]).
+    /// Block headers are as in V1, and those of V1 and V2 are read.
     V3 = 3,
     /// Up to seven pins go back in one message. Block headers are as in V1, and V1's are read.
     V2 = 2,
