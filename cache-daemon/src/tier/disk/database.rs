@@ -1,7 +1,8 @@
 //! A RocksDB that takes no writes after one failed, until it is opened again: what it holds is unknown
 //! until then. Conversation records, which every engine keeps alike.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
@@ -93,6 +94,18 @@ impl Database {
         state.db = Some((self.open)(&self.dir).map_err(self.error("opening"))?);
         state.failed = None;
         Ok(())
+    }
+
+    /// Whether the drive takes a small write. A database that was closed and cannot be opened again gives
+    /// nothing, so whoever reopens one in doubt asks this first.
+    pub fn try_write(&self) -> Result<(), DiskError> {
+        let path = self.dir.join("probe");
+        let written = File::create(&path).and_then(|mut file| {
+            file.write_all(&[0; 4096])?;
+            file.sync_data()?;
+            std::fs::remove_file(&path)
+        });
+        written.map_err(|source| DiskError::Io { what: "trying a write", source })
     }
 
     /// Lets go of the database: nothing can be read until `reopen`.

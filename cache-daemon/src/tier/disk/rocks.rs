@@ -295,8 +295,9 @@ impl DiskTier for RocksTier {
         reading.db().flush_wal(true).map_err(self.database.error("syncing the log"))
     }
 
-    /// Opens the database again and tries a write.
+    /// Opens the database again and tries a write; a drive that takes none costs no read.
     fn probe(&self) -> Result<(), DiskError> {
+        self.database.try_write()?;
         self.database.reopen()?;
         self.apply("trying a write", |_, batch| batch.put(PROBE_KEY, []))?;
         self.flush()
@@ -367,6 +368,18 @@ mod tests {
         tier.put_conversation(&id, 7, b"record").unwrap();
         change(&tier, CONVERSATION, &id.0, |record| *record.last_mut().unwrap() ^= 1);
         assert_eq!(tier.get_conversation(&id).unwrap(), None);
+    }
+
+    #[test]
+    fn a_probe_of_a_drive_that_takes_no_writes_costs_no_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let tier = RocksTier::open(dir.path(), 1 << 24).unwrap();
+        let block = write(&tier, 1);
+        std::fs::create_dir(dir.path().join("probe")).unwrap(); // No file can be written there.
+        tier.probe().unwrap_err();
+        let reading = tier.database.reading().unwrap();
+        let found = reading.db().get_cf(reading.family(PAYLOAD), block.header.key.0).unwrap();
+        assert!(found.is_some());
     }
 
     #[test]
