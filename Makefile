@@ -63,8 +63,8 @@ crash-daemon: build ## Kill the cache daemon 1,000 times in saves, loads, promot
 soak: build ## The daemon under mixed work for half an hour (TURNS=600000); its memory stays what it was
 	@COLLOQUY_SOAK_TURNS=$(or $(TURNS),600000) cargo test --profile ci --workspace --test soak -- --nocapture
 
-fuzz: prepare ## Spoilt and random bytes for every parser, many more than the tests give (CASES=20000)
-	@PROPTEST_CASES=$(or $(CASES),20000) cargo test --profile ci --workspace --lib -- panic flipped spoilt any_bytes comes_back
+fuzz: prepare ## Fuzz every parser, and operations beside an oracle, guided by coverage (SECONDS=60)
+	@tests/fuzz/run $(or $(SECONDS),60)
 
 bench-runtime: build weights ## Runtime speed against llama.cpp and against itself, as `figure NAME VALUE UNIT`
 	@bench/peer.sh
