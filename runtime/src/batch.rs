@@ -7,6 +7,7 @@
 //! Loads (frame → device block) and saves (device block → frame) run beside the compute, layer by
 //! layer: a row that names a load waits, in each layer, for that layer of that load only.
 
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use crate::adaskip::SkipSet;
@@ -185,7 +186,37 @@ pub struct LoadBlock {
     /// Where they go.
     pub block: BlockId,
     /// CRC32C of each packed row (present layer), from the block's header.
-    pub checksums: Arc<[u32]>,
+    pub checksums: RowChecksums,
+}
+
+/// CRC32Cs of a block's rows: a part of what all blocks of an answer have in one allocation.
+#[derive(Debug, Clone)]
+pub struct RowChecksums {
+    all: Arc<[u32]>,
+    rows: Range<usize>,
+}
+
+impl RowChecksums {
+    /// These rows of `all`. Panics when they are not in it.
+    pub fn part(all: &Arc<[u32]>, rows: Range<usize>) -> Self {
+        assert!(rows.end <= all.len(), "rows {rows:?} of {}", all.len());
+        Self { all: all.clone(), rows }
+    }
+}
+
+impl From<Arc<[u32]>> for RowChecksums {
+    fn from(all: Arc<[u32]>) -> Self {
+        let rows = 0..all.len();
+        Self { all, rows }
+    }
+}
+
+impl Deref for RowChecksums {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        &self.all[self.rows.clone()]
+    }
 }
 
 /// A history on its way into the device pool; copied layer by layer, all blocks of layer 0 first.

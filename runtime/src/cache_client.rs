@@ -10,8 +10,8 @@
 //! **Invariants**
 //! - No call blocks: not on the daemon, not on the disk, not on the socket.
 //! - The cache may always say no: without a daemon every question is answered by [`Unavailable`].
-//! - Whatever is read from the region is checked: handle, state, header, key, root, labels, token ids. What fails
-//!   is a miss; what no daemon would write ends the attachment.
+//! - Whatever is relied on from the region is checked: handle, state, key, root, labels, token ids; the rows'
+//!   checksums by who copies the rows. What fails is a miss; what no daemon would write ends the attachment.
 //! - Pins and unused frames go back by dropping them, from whatever thread.
 //! - After [`CacheEvent::Detached`] all spans handed out before are invalid: drop them. A copy that is
 //!   still running reads whatever is there, and its checksums tell.
@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use kv_protocol::header::{HEADER_FIXED_BYTES, HeaderSummary};
 use kv_protocol::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
 use kv_protocol::message::{
     ArenaSpan, BlockList, CommitOutcome, FoundBlock, FrameHandle, HANDLES_MAX, KeyList,
@@ -37,6 +38,8 @@ use kv_protocol::table::RegionView;
 use kv_protocol::{
     AttachmentId, BlockHeader, BlockKey, Completion, FrameState, Geometry, Submission,
 };
+
+use crate::batch::RowChecksums;
 
 pub use bell::{Doorbell, Waker};
 pub use kv_protocol::message::{ANTICIPATED_FOR, Hint, SequenceTag, Tier};
@@ -55,6 +58,12 @@ const LINK_EVENTS_MAX: usize = 4;
 /// Messages that may wait for room in the ring. Each belongs to a frame, a sequence or a record of this
 /// runtime; records are refused beyond it, the others are bounded by what they belong to.
 const RECORDS_WAITING_MAX: usize = 64;
+
+/// Headers of found blocks whose beginnings are copied at once, before they are checked.
+const HEADERS_AHEAD: usize = 16;
+
+/// So many messages that give something back are sent before the daemon is rung for them.
+const GIVEN_BACK_MAX: u32 = 256;
 
 /// There is no daemon now, or it takes no more: go on without the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -101,7 +110,7 @@ pub struct CachedBlock {
     /// The bytes; dropping the last clone returns the pin.
     pub frame: Arc<FrameSpan>,
     /// CRC32C of each packed row.
-    pub checksums: Arc<[u32]>,
+    pub checksums: RowChecksums,
     /// How it was computed.
     pub variant: Variant,
     /// With which arithmetic.
@@ -245,6 +254,8 @@ struct Attachment {
     credits: Consumer,
     arena: ArenaWriter,
     pending: VecDeque<Pending>,
+    /// Messages that the daemon was not rung for.
+    given_back: u32,
 }
 
 /// The engine's end of the cache.
@@ -432,6 +443,7 @@ impl CacheClient {
             credits: Consumer::default(),
             arena: ArenaWriter::new(ARENA_BYTES),
             pending: VecDeque::new(),
+            given_back: 0,
         });
         self.stats.attaches += 1;
         self.events.push_back(CacheEvent::Attached);
@@ -569,7 +581,7 @@ impl Attachment {
 
     /// Moves waiting messages into the ring as far as there is room.
     fn flush(&mut self, sequences: &mut HashMap<SequenceTag, Asked>) -> Result<(), DaemonError> {
-        let mut sent = false;
+        let mut urgent = false;
         while let Some(message) = self.pending.pop_front() {
             if !self.room()? {
                 self.pending.push_front(message);
@@ -596,10 +608,15 @@ impl Attachment {
                 break;
             };
             self.push(&submission)?;
-            sent = true;
+            if gives_back(&submission) {
+                self.given_back += 1;
+            } else {
+                urgent = true;
+            }
         }
-        if sent {
+        if urgent || self.given_back >= GIVEN_BACK_MAX {
             self.ring_daemon();
+            self.given_back = 0;
         }
         Ok(())
     }
@@ -657,68 +674,130 @@ impl Attachment {
         asked: Option<&Asked>,
         found: &[FoundBlock],
     ) -> Result<(Vec<CachedBlock>, u32), DaemonError> {
-        let mut blocks = Vec::with_capacity(found.len());
-        let (mut rejected, mut copy) = (0, Vec::new());
+        let (mut blocks, mut rejected) = (Vec::with_capacity(found.len()), 0);
         for block in found {
             let frame = block.handle.frame;
             self.life.table.index(frame).ok_or(DaemonError::Frame(frame.0))?;
         }
         let Some(asked) = asked else {
             self.life.release_pins(found.iter().map(|block| block.handle));
-            return Ok((blocks, rejected));
+            return Ok((Vec::new(), rejected));
         };
-        for block in found {
-            let span = FrameSpan::pinned(&self.life, block.handle);
-            match self.check_block(&asked.query, block, span, &mut copy) {
-                Ok(cached) => blocks.extend(cached),
-                Err(Rejected) => rejected += 1,
+        let (mut copy, mut starts) = (Vec::new(), [[0; HEADER_FIXED_BYTES]; HEADERS_AHEAD]);
+        let rows = usize::from(self.life.table.geometry().present_count());
+        let mut checksums = Vec::with_capacity(rows * found.len());
+        for some in found.chunks(HEADERS_AHEAD) {
+            // Copied before any is looked at: the memory's delays overlap.
+            for (block, start) in some.iter().zip(&mut starts) {
+                *start = self.life.table.header_start(block.handle.frame);
+            }
+            for (block, start) in some.iter().zip(&starts) {
+                let span = FrameSpan::pinned(&self.life, block.handle);
+                match self.check_block(&asked.query, block, start, &mut copy, &mut checksums) {
+                    Ok(Some(right)) => blocks.push((right, span)),
+                    Ok(None) => {}
+                    Err(Rejected) => rejected += 1,
+                }
             }
         }
+        let checksums: Arc<[u32]> = checksums.into();
+        let blocks = blocks.into_iter().enumerate().map(|(place, (right, frame))| CachedBlock {
+            index: right.index,
+            tokens: right.tokens,
+            is_whole: right.is_whole,
+            frame,
+            checksums: RowChecksums::part(&checksums, rows * place..rows * (place + 1)),
+            variant: right.variant,
+            numerics: right.numerics,
+            tier: right.tier,
+        });
+        let mut blocks: Vec<CachedBlock> = blocks.collect();
         // Of several open children (a tail, or a block that goes on differently) the one that helps most.
         blocks.sort_by_key(|block| (block.index, std::cmp::Reverse(block.tokens)));
         blocks.dedup_by_key(|block| block.index);
         Ok((blocks, rejected))
     }
 
-    /// `None`: a child of the chain's last block that goes on with other tokens.
+    /// `None`: a child of the chain's last block that goes on with other tokens. Else its rows' checksums are
+    /// added to `checksums`.
     fn check_block(
         &self,
         query: &Query,
         block: &FoundBlock,
-        span: Arc<FrameSpan>,
+        start: &[u8; HEADER_FIXED_BYTES],
         copy: &mut Vec<u8>,
-    ) -> Result<Option<CachedBlock>, Rejected> {
+        checksums: &mut Vec<u32>,
+    ) -> Result<Option<RightBlock>, Rejected> {
         let table = &self.life.table;
         let word = table.state(block.handle.frame).map_err(|_| Rejected)?;
         if word.generation != block.handle.generation || word.state != FrameState::Pinned {
             return Err(Rejected);
         }
+        let index = block.index as usize;
+        if index > query.keys.len() || index > SEQUENCE_KEYS_MAX as usize {
+            return Err(Rejected);
+        }
+        let tokens_per_block = table.geometry().tokens_per_block();
+        // The rule: the very block that was asked for. All that is relied on is compared, so that neither the
+        // tokens, half of the header, nor its checksum have to be fetched from memory.
+        let summary = HeaderSummary::decode(start).map_err(|_| Rejected)?;
+        let is_own = matches!(query.accept, Accept::Own { .. });
+        if is_own && query.keys.get(index) == Some(&summary.key) {
+            let HeaderSummary { root, variant, numerics, generation, token_count, .. } = summary;
+            let is_right = root == query.start.root_of(index)
+                && query.accept.takes(&variant, &numerics)
+                && generation == block.handle.generation
+                && token_count == tokens_per_block;
+            if !is_right {
+                return Err(Rejected);
+            }
+            table.row_checksums(block.handle.frame, copy);
+            checksums.extend(words(copy));
+            let (index, tier) = (block.index, block.tier);
+            let tokens = tokens_per_block.into();
+            return Ok(Some(RightBlock { index, tokens, is_whole: true, variant, numerics, tier }));
+        }
         let header = table.header_view(block.handle, copy).map_err(|_| Rejected)?;
         let (variant, numerics) = (header.variant().map_err(|_| Rejected)?, header.numerics());
-        let index = block.index as usize;
-        let is_in_chain = index <= query.keys.len() && index <= SEQUENCE_KEYS_MAX as usize;
         let is_acceptable = query.accept.takes(&variant, &numerics);
-        if !is_acceptable || !is_in_chain || header.root() != query.start.root_of(index) {
+        if !is_acceptable || header.root() != query.start.root_of(index) {
             return Err(Rejected);
         }
         if header.parent() != query.start.parent_of(index, &query.keys) {
             return Err(Rejected);
         }
-        let start = index * usize::from(table.geometry().tokens_per_block());
+        let start = index * usize::from(tokens_per_block);
         let asked = query.tokens.get(start..).ok_or(Rejected)?;
         // Parent and tokens are what the key stands for: it need not be computed again.
         let tokens = header.tokens_shared(asked);
-        Ok((tokens > 0).then(|| CachedBlock {
-            index: block.index,
-            tokens: tokens as u32,
-            is_whole: tokens == header.tokens().len(),
-            frame: span,
-            checksums: header.checksums().collect(),
-            variant,
-            numerics,
-            tier: block.tier,
-        }))
+        if tokens == 0 {
+            return Ok(None);
+        }
+        checksums.extend(header.checksums());
+        let is_whole = tokens == header.tokens().len();
+        let (index, tokens, tier) = (block.index, tokens as u32, block.tier);
+        Ok(Some(RightBlock { index, tokens, is_whole, variant, numerics, tier }))
     }
+}
+
+fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u32> {
+    bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+}
+
+/// As [`CachedBlock`], without the bytes.
+struct RightBlock {
+    index: u32,
+    tokens: u32,
+    is_whole: bool,
+    variant: Variant,
+    numerics: NumericsTag,
+    tier: Tier,
+}
+
+/// Whether the daemon may read it at its leisure: with the next message that asks for something, or when it looks
+/// for itself, five times a second. A wake-up is a system call in the middle of an engine's step.
+fn gives_back(submission: &Submission) -> bool {
+    matches!(submission, Submission::Unpin(_) | Submission::Abandon(_) | Submission::End { .. })
 }
 
 /// A found block is not what was asked for.

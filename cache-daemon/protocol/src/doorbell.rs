@@ -14,7 +14,7 @@ use crate::sync::{AtomicU32, Ordering};
 pub struct DoorbellWord<'a> {
     /// Counts rings.
     pub rings: &'a AtomicU32,
-    /// 1 while somebody waits: spares the ringer a system call otherwise.
+    /// 1 from when somebody waits to the first ring: only that one needs a system call.
     pub waiting: &'a AtomicU32,
 }
 
@@ -28,8 +28,10 @@ impl DoorbellWord<'_> {
     pub fn ring(&self) {
         // SeqCst, here and in `wait`: ringer writes `rings` then reads `waiting`, the waiter writes
         // `waiting` then reads `rings` (in the kernel). Were either pair reordered, both could miss.
+        // Whoever takes the 1 away wakes: the waiter, awake but not yet running, needs no second wake,
+        // and it reads `rings` before it waits again.
         self.rings.fetch_add(1, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) != 0 {
+        if self.waiting.load(Ordering::SeqCst) != 0 && self.waiting.swap(0, Ordering::SeqCst) != 0 {
             // Not FUTEX_PRIVATE: the waiter may be another process. An error would mean a bad address.
             let _ = futex::wake(self.rings, futex::Flags::empty(), 1);
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kv_protocol::message::CommitOutcome;
 
-use crate::batch::FrameBytes;
+use crate::batch::{FrameBytes, RowChecksums};
 use crate::cache_client::{
     Accept, CacheClient, CacheEvent, CachedBlock, ConversationId, FreeFrame, Hint, MissReason,
     NewBlock, NumericsTag, Query, QuestionId, SequenceTag, Start, Tier, Unavailable, Variant,
@@ -25,7 +25,7 @@ pub struct HostBlock {
     /// The bytes.
     pub frame: Arc<dyn FrameBytes>,
     /// CRC32C of each packed row.
-    pub checksums: Arc<[u32]>,
+    pub checksums: RowChecksums,
     /// How it was computed.
     pub variant: Variant,
     /// With which arithmetic.

@@ -199,8 +199,10 @@ fn steps(
         };
 
         let step = Instant::now();
+        let mut found = false;
         while let Some(event) = engine.client.poll() {
             if let CacheEvent::Found { sequence, blocks, .. } = event {
+                found = true;
                 result.found_blocks += blocks.len();
                 result.answers_us.extend(
                     looked_up.remove(&sequence).map(|asked| asked.elapsed().as_secs_f64() * 1e6),
@@ -209,7 +211,9 @@ fn steps(
                 engine.client.end(sequence);
             }
         }
-        result.poll_us.push(step.elapsed().as_secs_f64() * 1e6);
+        if found {
+            result.poll_us.push(step.elapsed().as_secs_f64() * 1e6);
+        }
         // Whose answer has not come keeps its place: it has not begun.
         let first = looked_up.len();
         let hint = |place: usize| Hint::Queued {
@@ -218,10 +222,14 @@ fn steps(
         };
         let mut hints = HINTS_PER_STEP;
         if let Some((sequence, query)) = starting {
+            let enqueuing = Instant::now();
             engine.client.enqueue(sequence, query, hint(queue.len()));
+            result.enqueue_us.push(enqueuing.elapsed().as_secs_f64() * 1e6);
             queue.push_back(sequence);
             let next = queue.pop_front().context("a queue of turns")?;
+            let looking_up = Instant::now();
             engine.client.lookup(next).context("the daemon went away")?;
+            result.lookup_us.push(looking_up.elapsed().as_secs_f64() * 1e6);
             looked_up.insert(next, Instant::now());
             result.lookups += 1;
             (told, hints) = (0, hints - 1);
@@ -249,8 +257,12 @@ fn steps(
 #[derive(Default)]
 struct Steps {
     step_us: Vec<f64>,
-    /// Of a step, the reading of answers.
+    /// Of a step in which an answer comes, the reading of it, and the end of its turn.
     poll_us: Vec<f64>,
+    /// Of a step in which a turn starts: another one enters the queue.
+    enqueue_us: Vec<f64>,
+    /// And the first one is looked up.
+    lookup_us: Vec<f64>,
     idle_us: Vec<f64>,
     /// From a lookup to the step that has its answer.
     answers_us: Vec<f64>,
@@ -270,6 +282,7 @@ impl Steps {
         json!({
             "turns_per_second": STEPS_PER_SECOND as usize / load.steps_per_turn, "queue": load.queue,
             "step_us": quantiles(&self.step_us), "poll_us": quantiles(&self.poll_us),
+            "enqueue_us": quantiles(&self.enqueue_us), "lookup_us": quantiles(&self.lookup_us),
             "idle_step_us": quantiles(&self.idle_us), "answer_us": quantiles(&self.answers_us),
             "keys_us": quantiles(&self.hashing_us), "found_share": self.found_share(),
         })

@@ -154,7 +154,7 @@ fn found(index: usize, wanted: &Wanted, stored: &Stored) -> Option<HostBlock> {
         tokens: tokens as u32,
         is_whole: tokens == stored.tokens.len(),
         frame: stored.frame.clone(),
-        checksums: stored.checksums.clone(),
+        checksums: stored.checksums.clone().into(),
         variant: stored.variant,
         numerics: stored.numerics,
         tier: if stored.on_disk { Tier::Disk } else { Tier::Host },
