@@ -258,6 +258,7 @@ impl Daemon {
         if now.duration_since(self.expired_at) >= EXPIRE_EVERY {
             self.expired_at = now;
             self.store.expire(now_ms);
+            self.delete_remote_again();
             self.end_anticipations(now);
         }
         if self.stop_since.is_some() {

@@ -58,6 +58,8 @@ pub struct Deletions {
     /// Erased; their tombstones without keys are not on disk yet.
     short: Vec<(ConversationId, Tombstone)>,
     not_before_ms: u64,
+    /// Found on disk by a restarted worker, and when they were made: the remote tier is told again.
+    pub(crate) found: Vec<(ConversationId, u64)>,
 }
 
 impl Deletions {
@@ -244,6 +246,7 @@ impl Store {
         for key in &tombstone.keys {
             self.forget_for_erasure(key);
         }
+        self.deletions.found.push((id, tombstone.deleted_ms));
         self.deletions.bury(id, tombstone);
     }
 

@@ -47,12 +47,13 @@ impl Store {
 
     /// In the order of tokens, tails last.
     fn present(&self, chain: &Chain) -> Vec<BlockKey> {
-        let ours = |key: &&BlockKey| {
+        let ours = |(index, key): &(usize, &BlockKey)| {
             let block = self.directory.get(key);
-            block.is_some_and(|block| self.directory.label(block).root == chain.root)
+            let root = chain.start.root_of(*index);
+            block.is_some_and(|block| self.directory.label(block).root == root)
         };
-        let full = chain.keys.iter().filter(ours).copied();
-        let tails = self.directory.tails_of(&chain.open_parent, &chain.root, &chain.tail);
+        let full = chain.keys.iter().enumerate().filter(ours).map(|(_, key)| *key);
+        let tails = self.directory.tails_of(&chain.open_parent, &chain.start.root, &chain.tail);
         full.chain(tails).collect()
     }
 

@@ -191,7 +191,7 @@ fn load(driver: &mut Driver, tokens: &[u32], seen: &mut Seen) -> Result<(), Trou
 }
 
 fn save(driver: &mut Driver, tokens: &[u32]) -> Result<(), Trouble> {
-    let mut parent = driver.root.as_parent();
+    let mut keys = Vec::new();
     for block in tokens.chunks(16) {
         let begin = Instant::now();
         let frame = loop {
@@ -205,8 +205,8 @@ fn save(driver: &mut Driver, tokens: &[u32]) -> Result<(), Trouble> {
                 return Err(Trouble::Lost);
             }
         };
-        let new = driver.fill(&frame, parent, block, |_| {});
-        parent = BlockKey::child(&parent, block);
+        let new = driver.fill(&frame, &keys, block, |_| {});
+        keys.push(BlockKey::child(&new.parent, block));
         driver.client.commit(frame, new).map_err(|_| Trouble::Detached)?;
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Asker, Daemon, unix_ms};
 use crate::migrate::ask::{Ask, Kept, Model, Refused, Reply};
-use crate::tier::remote::Job;
+use crate::tier::remote::{DELETE_MAX, Job};
 use kv_protocol::{BlockKey, ConversationId, RootKey};
 
 /// Records that are being read while transfers may ask for more.
@@ -56,9 +56,22 @@ impl Daemon {
     /// A conversation was deleted: its objects go, too.
     pub(super) fn delete_remote(&self, id: ConversationId, root: RootKey, keys: &[BlockKey]) {
         let Some(remote) = &self.remote else { return };
-        if !remote.send(Job::Delete { id, root, keys: keys.to_vec() }) {
+        if !remote.send(Job::Delete { id, known: Some((root, keys.to_vec())) }) {
             tracing::error!(%id, "too much waits for the remote tier: a deleted conversation's objects stay");
             self.metrics.remote.with_label_values(&["delete_failed"]).inc();
+        }
+    }
+
+    /// Deletions that an earlier worker answered: whether their objects are gone it knew alone.
+    pub(super) fn delete_remote_again(&mut self) {
+        let Some(remote) = &self.remote else { return self.store.deletions.found.clear() };
+        let oldest_ms = unix_ms().saturating_sub(DELETE_MAX.as_millis() as u64);
+        while let Some((id, deleted_ms)) = self.store.deletions.found.pop() {
+            // As many as the queue takes; the others at the next turn.
+            if deleted_ms >= oldest_ms && !remote.send(Job::Delete { id, known: None }) {
+                self.store.deletions.found.push((id, deleted_ms));
+                return;
+            }
         }
     }
 

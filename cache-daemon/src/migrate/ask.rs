@@ -6,6 +6,7 @@ use std::sync::mpsc::Sender;
 
 use kv_protocol::message::CommitOutcome;
 use kv_protocol::record::Record;
+use kv_protocol::start::Start;
 use kv_protocol::{BlockHeader, BlockKey, ConversationId, Fingerprint, Geometry, RootKey};
 use tokio::sync::oneshot;
 
@@ -63,8 +64,8 @@ pub struct Kept {
 /// Where a record's blocks are to be found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
-    /// Model and tenant.
-    pub root: RootKey,
+    /// Model and tenant, and how many of the first blocks are every tenant's.
+    pub start: Start,
     /// Of the full blocks.
     pub keys: Vec<BlockKey>,
     /// What the tail follows.
@@ -157,7 +158,7 @@ impl Chain {
     pub fn of(record: &Record) -> Self {
         let keys = record.keys();
         let open_parent = record.open_parent(&keys);
-        Self { root: record.root, keys, open_parent, tail: record.tail().to_vec() }
+        Self { start: record.start(), keys, open_parent, tail: record.tail().to_vec() }
     }
 }
 

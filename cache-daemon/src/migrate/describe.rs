@@ -1,9 +1,11 @@
 //! What this daemon knows of a conversation, for whoever takes it elsewhere.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use kv_protocol::record::Record;
-use kv_protocol::{BlockKey, ConversationId};
+use kv_protocol::start::Start;
+use kv_protocol::{BlockKey, ConversationId, RootKey};
 
 use super::ask::{Chain, Loop, Refused};
 use super::bundle::{Manifest, Section};
@@ -23,6 +25,30 @@ pub enum DescribeError {
     Refused(#[from] Refused),
 }
 
+/// Under which root each block of a conversation is stored: the first ones may be every tenant's.
+#[derive(Debug, Clone)]
+pub struct Roots {
+    own: RootKey,
+    shared: Option<(RootKey, HashSet<BlockKey>)>,
+}
+
+impl Roots {
+    /// Of a chain of full blocks and what follows it.
+    pub fn of(chain: &Chain) -> Self {
+        let Start { root: own, shared } = chain.start;
+        let first = |blocks: u32| chain.keys.iter().take(blocks as usize).copied().collect();
+        Self { own, shared: shared.map(|shared| (shared.root, first(shared.blocks))) }
+    }
+
+    /// Of a block of the conversation.
+    pub fn of_block(&self, key: &BlockKey) -> RootKey {
+        match &self.shared {
+            Some((root, keys)) if keys.contains(key) => *root,
+            _ => self.own,
+        }
+    }
+}
+
 /// A conversation as it is here.
 #[derive(Debug, Clone)]
 pub struct Description {
@@ -34,6 +60,8 @@ pub struct Description {
     pub chain: Vec<BlockKey>,
     /// Blocks that are here, in the order of tokens, tails last.
     pub keys: Vec<BlockKey>,
+    /// Under which root each is stored.
+    pub roots: Roots,
 }
 
 impl Description {
@@ -43,7 +71,7 @@ impl Description {
         let model = state.model().await?;
         let record = Record::decode(&kept.record).map_err(|_| DescribeError::Record(id))?;
         let chain = Chain::of(&record);
-        let full = chain.keys.clone();
+        let (full, roots) = (chain.keys.clone(), Roots::of(&chain));
         let keys = state.present(chain).await?;
         let manifest = Manifest {
             geometry: model.geometry,
@@ -54,7 +82,7 @@ impl Description {
             record_bytes: kept.record.len() as u32,
             keys: keys.len() as u32,
         };
-        Ok(Self { manifest, record: kept.record, chain: full, keys })
+        Ok(Self { manifest, record: kept.record, chain: full, keys, roots })
     }
 
     /// As a bundle without blocks.

@@ -16,8 +16,9 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 
-use super::ask::{Kept, Loop, Model, Refused};
+use super::ask::{Chain, Kept, Loop, Model, Refused};
 use super::bundle::{BlockBytes, BundleError, Manifest, Section};
+use super::describe::Roots;
 use super::pace::Pace;
 use super::secret::SecretError;
 use super::server::BATCH_MAX;
@@ -249,6 +250,7 @@ struct Pull<'a, S> {
     puller: &'a Puller,
     source: &'a S,
     described: Described,
+    roots: Roots,
     /// Not to be asked for again.
     absent: HashSet<BlockKey>,
     report: Report,
@@ -320,8 +322,12 @@ impl Puller {
         let Ok(_place) = self.places.acquire().await else {
             return Err(Refused::Stopping.into()); // Never closed.
         };
-        let absent = HashSet::new();
-        Pull { puller: self, source, described, absent, report, shown }.run().await
+        let record = Record::decode(&described.record).map_err(|error| PullError::Record {
+            conversation: described.manifest.conversation,
+            message: error.to_string(),
+        })?;
+        let (roots, absent) = (Roots::of(&Chain::of(&record)), HashSet::new());
+        Pull { puller: self, source, described, roots, absent, report, shown }.run().await
     }
 }
 
@@ -339,9 +345,11 @@ impl<S: Source> Pull<'_, S> {
             if missing.is_empty() {
                 return Ok(self.report);
             }
+            let root = self.roots.of_block(&missing[0]);
+            missing.retain(|key| self.roots.of_block(key) == root);
             missing.truncate(BATCH_MAX);
             let arrived_before = self.report.arrived;
-            let ended = self.batch(&missing).await;
+            let ended = self.batch(root, &missing).await;
             if self.report.arrived > arrived_before {
                 failures = 0;
             }
@@ -359,9 +367,9 @@ impl<S: Source> Pull<'_, S> {
     }
 
     /// The source sends while the last block is being placed; one block waits in between.
-    async fn batch(&mut self, keys: &[BlockKey]) -> Result<(), Ended> {
+    async fn batch(&mut self, root: RootKey, keys: &[BlockKey]) -> Result<(), Ended> {
         let (into, mut arriving) = mpsc::channel(1);
-        let Manifest { geometry, root, .. } = self.described.manifest;
+        let geometry = self.described.manifest.geometry;
         let source = self.source;
         // What it sent before it failed is still placed; a block that cannot be placed ends it at once.
         let send = async move {
@@ -397,10 +405,10 @@ impl<S: Source> Pull<'_, S> {
             }
             Arrived::Block(block) => block,
         };
-        let Manifest { geometry, root, conversation, .. } = &self.described.manifest;
+        let Manifest { geometry, conversation, .. } = &self.described.manifest;
         let Ok((header, _)) = block.split(geometry) else { return Err(unasked) };
         let key = header.key;
-        if !asked.remove(&key) || header.root != *root {
+        if !asked.remove(&key) || header.root != self.roots.of_block(&key) {
             return Err(unasked);
         }
         let bytes = block.size_bytes();

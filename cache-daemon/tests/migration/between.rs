@@ -35,6 +35,19 @@ fn a_conversation_moves_byte_for_byte_from_frames_and_from_disk() {
 }
 
 #[test]
+fn what_every_tenant_shares_moves_with_a_conversation() {
+    let mut source = Replica::start(40, &[]);
+    let mut here = Replica::start(40, &[]);
+    for replica in [&mut source, &mut here] {
+        replica.driver.share(4);
+    }
+    let held = source.hold(1, 16 * 10 + 5);
+    let report = here.import(held.id, source.exports).expect("an import");
+    assert_eq!(number(&report, "arrived"), held.blocks as u64, "{report}");
+    assert_eq!(here.check(&held), held.tokens.len());
+}
+
+#[test]
 fn a_wrong_secret_is_refused_with_a_sentence_and_a_right_one_is_read_anew() {
     let mut source = Replica::start(40, &[]);
     let held = source.hold(1, 16 * 4);

@@ -114,6 +114,12 @@ fn ask_until_there(driver: &mut Driver, held: &Held) {
     assert_eq!(tokens_of(&record), held.tokens);
 }
 
+fn delete(replica: &Replica, id: &ConversationId) {
+    let path = format!("/conversations/{}?by=id", id.hex());
+    let (status, answer) = replica.daemon.admin("DELETE", &path, &Value::Null);
+    assert_eq!(status, 200, "{answer}");
+}
+
 fn goes_there_and_comes_back(store: &Store) {
     let mut source = store.replica(&[]);
     let held = source.hold(1, 16 * 40 + 5);
@@ -144,6 +150,24 @@ fn a_conversation_goes_to_a_folder_and_comes_back_byte_for_byte() {
 #[test]
 fn a_conversation_goes_to_an_s3_server_and_comes_back_byte_for_byte() {
     goes_there_and_comes_back(&s3());
+}
+
+#[test]
+fn what_every_tenant_shares_goes_there_once_and_stays_when_a_conversation_is_deleted() {
+    let store = folder();
+    let mut source = store.replica(&[]);
+    source.driver.share(4);
+    let held = source.hold(1, 16 * 10);
+    let tokens: Vec<u32> = held.tokens[..16 * 4].iter().copied().chain(5000..5032).collect();
+    let other = source.hold_tokens("another", tokens);
+    assert_eq!(number(&offload(&source, &held.id), "put"), 10);
+    assert_eq!(number(&offload(&source, &other.id), "put"), 2, "the rest is there");
+    delete(&source, &held.id);
+    until("its blocks are gone", || (store.objects("/blocks/").len() == 6).then_some(()));
+    let mut here = store.replica(&[]);
+    here.driver.share(4);
+    import(&here.daemon, other.id, "remote").expect("an import");
+    assert_eq!(here.check(&other), other.tokens.len());
 }
 
 #[test]
@@ -236,9 +260,7 @@ fn a_deleted_conversation_leaves_the_store_and_does_not_come_back() {
     offload(&source, &held.id);
     offload(&source, &other.id);
     here.import(held.id, source.exports).expect("an import");
-    let path = format!("/conversations/{}?by=id", held.id.hex());
-    let (status, answer) = source.daemon.admin("DELETE", &path, &Value::Null);
-    assert_eq!(status, 200, "{answer}");
+    delete(&source, &held.id);
     until("its objects are gone", || {
         let left = (store.objects("/conversations/").len(), store.objects("/blocks/").len());
         (left == (1, other.blocks)).then_some(())
@@ -252,6 +274,23 @@ fn a_deleted_conversation_leaves_the_store_and_does_not_come_back() {
     let refused = here.import(held.id, source.exports).expect_err("deleted at the source");
     assert!(refused.contains("410") && refused.contains("deleted"), "{refused}");
     assert_eq!(here.check(&held), held.tokens.len(), "the copy that nobody deleted");
+}
+
+#[test]
+fn a_deletion_that_the_store_has_not_seen_outlives_the_worker() {
+    let store = folder();
+    let mut source = store.replica(&[]);
+    let held = source.hold(1, 16 * 10 + 5);
+    offload(&source, &held.id);
+    // A store that answers with errors: a file where its folder was.
+    let (root, aside) = (store.files.join("v1"), store.files.join("aside"));
+    std::fs::rename(&root, &aside).expect("our own folder");
+    std::fs::write(&root, "no folder").expect("our own folder");
+    delete(&source, &held.id);
+    source.daemon.kill_worker();
+    std::fs::remove_file(&root).expect("our own file");
+    std::fs::rename(&aside, &root).expect("our own folder");
+    until("another worker has deleted the objects", || store.objects("").is_empty().then_some(()));
 }
 
 #[test]

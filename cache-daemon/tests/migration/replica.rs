@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 
-use kv_protocol::{ConversationId, Fingerprint, Geometry, Record, RootKey};
+use kv_protocol::{ConversationId, Geometry};
 use runtime::cache_client::CacheEvent;
 use serde_json::{Value, json};
 
@@ -70,14 +70,7 @@ impl Replica {
     }
 
     pub fn hold_tokens(&mut self, name: &str, tokens: Vec<u32>) -> Held {
-        self.driver.save(&tokens).expect("attached");
-        let root = RootKey::new(&Fingerprint([geometry().layers() as u8; 32]), b"");
-        let id = ConversationId::new(&root, name.as_bytes());
-        let record =
-            Record::new(root, name.to_owned(), geometry().tokens_per_block(), tokens.clone());
-        let record = record.encode().expect("a small record");
-        self.driver.client.put_conversation(id, record).expect("attached");
-        assert!(ask(&mut self.driver, id).is_some(), "the record was not kept");
+        let id = self.driver.save_turn(name, &tokens).expect("attached");
         let blocks = tokens.len().div_ceil(usize::from(geometry().tokens_per_block()));
         Held { id, tokens, blocks }
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::message::CommitOutcome;
+use kv_protocol::start::{Shared, Start};
 use kv_protocol::table::RegionView;
 use kv_protocol::{BlockKey, ConversationId, Dtype, Fingerprint, Geometry, Record, RootKey};
 use runtime::batch::FrameBytes;
@@ -257,7 +258,7 @@ pub struct Driver {
     pub client: CacheClient,
     doorbell: Doorbell,
     geometry: Geometry,
-    pub root: RootKey,
+    pub start: Start,
     next_sequence: u64,
 }
 
@@ -270,8 +271,8 @@ impl Driver {
         let doorbell = Doorbell::new();
         let config = CacheConfig { socket: socket.to_owned(), geometry, fingerprint };
         let client = CacheClient::spawn(config, doorbell.waker()).expect("a thread");
-        let root = RootKey::new(&fingerprint, salt);
-        Self { client, doorbell, geometry, root, next_sequence: 0 }
+        let start = RootKey::new(&fingerprint, salt).into();
+        Self { client, doorbell, geometry, start, next_sequence: 0 }
     }
 
     /// Starts a client and waits until it is attached.
@@ -288,14 +289,20 @@ impl Driver {
     }
 
     pub fn root(&self) -> RootKey {
-        self.root
+        self.start.root
+    }
+
+    /// From now on the first blocks of each conversation are every tenant's.
+    pub fn share(&mut self, blocks: u32) {
+        let root = RootKey::new(&Fingerprint([77; 32]), b"public");
+        self.start.shared = Some(Shared { root, blocks });
     }
 
     /// A record of a conversation as the runtime puts it, and its id.
     pub fn record(&self, name: &str, tokens: &[u32]) -> (ConversationId, Record) {
-        let id = ConversationId::new(&self.root, name.as_bytes());
+        let id = ConversationId::new(&self.root(), name.as_bytes());
         let tokens_per_block = self.geometry.tokens_per_block();
-        (id, Record::new(self.root, name.to_owned(), tokens_per_block, tokens.to_vec()))
+        (id, Record::new(self.start, name.to_owned(), tokens_per_block, tokens.to_vec()))
     }
 
     /// Saves a turn: its blocks, then its record.
@@ -327,7 +334,7 @@ impl Driver {
 
     pub fn query(&self, tokens: &[u32]) -> Query {
         let tokens: Arc<[u32]> = tokens.into();
-        Query::new(self.root, Self::accept(), tokens, self.geometry.tokens_per_block())
+        Query::new(self.start, Self::accept(), tokens, self.geometry.tokens_per_block())
     }
 
     /// The next event; `Err` if it is the end of the attachment.
@@ -354,8 +361,7 @@ impl Driver {
         tokens: &[u32],
         mut pause: impl FnMut(usize),
     ) -> Result<Vec<CommitOutcome>, Detached> {
-        let mut parent = self.root.as_parent();
-        let (mut open, mut outcomes) = (0, Vec::new());
+        let (mut open, mut outcomes, mut keys) = (0, Vec::new(), Vec::new());
         for block in tokens.chunks(usize::from(self.geometry.tokens_per_block())) {
             let begin = Instant::now();
             let frame = loop {
@@ -374,8 +380,8 @@ impl Driver {
                 }
                 assert!(begin.elapsed() < PATIENCE, "waited in vain for a free frame");
             };
-            let block = self.fill(&frame, parent, block, &mut pause);
-            parent = BlockKey::child(&block.parent, &block.tokens);
+            let block = self.fill(&frame, &keys, block, &mut pause);
+            keys.push(BlockKey::child(&block.parent, &block.tokens));
             self.client.commit(frame, block).map_err(|_| Detached)?;
             open += 1;
         }
@@ -388,14 +394,16 @@ impl Driver {
         Ok(outcomes)
     }
 
-    /// Writes the bytes that a block must have into a frame; `pause` is called between its rows.
+    /// Writes the bytes that a block must have into a frame; `pause` is called between its rows. `keys` are
+    /// of the blocks before it.
     pub fn fill(
         &self,
         frame: &FreeFrame,
-        parent: BlockKey,
+        keys: &[BlockKey],
         tokens: &[u32],
         mut pause: impl FnMut(usize),
     ) -> NewBlock {
+        let parent = self.start.parent_of(keys.len(), keys);
         let bytes = payload(&BlockKey::child(&parent, tokens), &self.geometry);
         let rows: Vec<&[u8]> = bytes.chunks(self.geometry.row_bytes() as usize).collect();
         for (row, bytes) in rows.iter().enumerate() {
@@ -403,7 +411,7 @@ impl Driver {
             pause(row);
         }
         NewBlock {
-            root: self.root,
+            root: self.start.root_of(keys.len()),
             parent,
             tokens: tokens.to_vec(),
             variant: Variant::Exact,
@@ -507,12 +515,8 @@ impl Driver {
         }
         // A block whose tokens are all ours has the bytes that its key gives.
         let start = block.index as usize * tokens_per_block;
-        let parent = match start {
-            0 => self.root.as_parent(),
-            _ => {
-                self.root.chain(&tokens[..start], tokens_per_block as u16)[block.index as usize - 1]
-            }
-        };
+        let before = self.start.chain(&tokens[..start], tokens_per_block as u16);
+        let parent = self.start.parent_of(before.len(), &before);
         let key = BlockKey::child(&parent, &tokens[start..start + block.tokens as usize]);
         if block.tokens as usize == tokens_per_block {
             assert!(bytes == payload(&key, &self.geometry), "wrong bytes in block {}", block.index);

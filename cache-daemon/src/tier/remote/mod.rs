@@ -45,14 +45,12 @@ pub const DELETE_MAX: Duration = Duration::from_hours(1);
 pub enum Job {
     /// Get a conversation that a runtime asks for, and then its blocks.
     Fetch(ConversationId),
-    /// Delete a conversation's objects: those that its record there names and no record here does, and these.
+    /// Delete a conversation's objects: those that its record there names and no record here does.
     Delete {
         /// Which.
         id: ConversationId,
-        /// Of its blocks.
-        root: RootKey,
-        /// Known to be nobody else's.
-        keys: Vec<BlockKey>,
+        /// And these blocks, under that root, that are known to be nobody else's.
+        known: Option<(RootKey, Vec<BlockKey>)>,
     },
     /// Offload these, the first first, as many as can be until then.
     Offload(Vec<ConversationId>, std::time::Instant),
@@ -139,11 +137,11 @@ impl Worker {
                         }
                     });
                 }
-                Job::Delete { id, root, keys } => match self.deletes.clone().try_acquire_owned() {
+                Job::Delete { id, known } => match self.deletes.clone().try_acquire_owned() {
                     Ok(permit) => {
                         let worker = self.clone();
                         tokio::spawn(async move {
-                            worker.delete(id, root, keys).await;
+                            worker.delete(id, known).await;
                             drop(permit);
                         });
                     }
@@ -205,11 +203,11 @@ impl Worker {
         }
     }
 
-    async fn delete(&self, id: ConversationId, root: RootKey, keys: Vec<BlockKey>) {
+    async fn delete(&self, id: ConversationId, known: Option<(RootKey, Vec<BlockKey>)>) {
         let begin = Instant::now();
         let mut pause = PAUSE_MIN;
         let state = &self.puller.state;
-        while let Err(error) = self.store.delete_conversation(state, &id, root, &keys).await {
+        while let Err(error) = self.store.delete_conversation(state, &id, known.as_ref()).await {
             if begin.elapsed() + pause > DELETE_MAX {
                 return self.not_deleted(&id, &error.to_string());
             }

@@ -206,7 +206,9 @@ impl RemoteStore {
         let mut description = Description::of(state, id).await?;
         let before = self.described(&id).await?;
         let root = description.manifest.root;
-        let puts = description.keys.clone().into_iter().map(|key| self.put_block(state, root, key));
+        let named = |key: &BlockKey| (description.roots.of_block(key), *key);
+        let names: Vec<_> = description.keys.iter().map(named).collect();
+        let puts = names.into_iter().map(|(root, key)| self.put_block(state, root, key));
         let puts: Vec<Option<u64>> =
             futures::stream::iter(puts).buffered(OBJECTS_AT_ONCE).try_collect().await?;
         let offloaded = Offloaded {
@@ -225,7 +227,7 @@ impl RemoteStore {
         }
         // Deleted while we were at it: what was put must go again.
         if let Err(refused @ Refused::Deleted(_)) = state.record(id).await {
-            self.delete_conversation(state, &id, root, &[]).await?;
+            self.delete_conversation(state, &id, None).await?;
             return Err(refused.into());
         }
         Ok(offloaded)
@@ -248,18 +250,21 @@ impl RemoteStore {
     }
 
     /// Deletes a conversation's objects, its record last: as long as that is there, the rest can be found.
-    /// Blocks that records here share stay; `keys` are nobody else's.
+    /// Blocks that records here share stay, and so do those that the operator declared as every tenant's:
+    /// they lie under another root. `known` are nobody else's, whatever the record says.
     pub async fn delete_conversation(
         &self,
         state: &Loop,
         id: &ConversationId,
-        root: RootKey,
-        keys: &[BlockKey],
+        known: Option<&(RootKey, Vec<BlockKey>)>,
     ) -> Result<(), RemoteError> {
-        let there = self.described(id).await?.map(|described| described.keys).unwrap_or_default();
-        let unowned = state.unowned(there).await?;
-        let all: HashSet<BlockKey> = unowned.into_iter().chain(keys.iter().copied()).collect();
-        let paths: Vec<Path> = all.into_iter().map(|key| self.of_block(&root, &key)).collect();
+        let mut all = HashSet::new();
+        if let Some(Described { manifest, keys, .. }) = self.described(id).await? {
+            let unowned = state.unowned(keys).await?;
+            all.extend(unowned.into_iter().map(|key| (manifest.root, key)));
+        }
+        all.extend(known.iter().flat_map(|(root, keys)| keys.iter().map(|key| (*root, *key))));
+        let paths: Vec<Path> = all.iter().map(|(root, key)| self.of_block(root, key)).collect();
         let deletes = paths.into_iter().map(|path| self.delete(path));
         let deletes = futures::stream::iter(deletes).buffer_unordered(OBJECTS_AT_ONCE);
         deletes.try_collect::<()>().await?;
