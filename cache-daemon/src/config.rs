@@ -18,7 +18,7 @@ pub(crate) const DISK_BYTES_MIN: u64 = 16 << 20;
 /// Name of the admin API's socket, in the folder of the handshake's.
 pub const ADMIN_SOCKET_FILE: &str = "admin.sock";
 /// Fewest bytes a second of migrations: of four at once each must send a piece before it counts as silent.
-const MIGRATION_RATE_MIN: u64 = 256 << 10;
+pub(crate) const MIGRATION_RATE_MIN: u64 = 256 << 10;
 
 /// Flags of both commands, as given.
 #[derive(Debug, Clone, clap::Args)]

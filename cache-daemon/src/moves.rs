@@ -34,6 +34,8 @@ pub(crate) struct Catalogue<'a> {
 pub(crate) struct Frames {
     pub(crate) all: u32,
     pub(crate) free: u32,
+    /// Will be free: their pages are being allocated.
+    pub(crate) coming: u32,
 }
 
 impl Frames {
@@ -42,9 +44,14 @@ impl Frames {
         self.free > free_high(self.all)
     }
 
-    /// How many to free now: up to the high watermark, once the low one is passed.
+    /// How many to free now: up to the high watermark, once the low one is passed. While more are coming, only
+    /// the one that somebody may wait for: should none come after all, blocks leave one by one.
     fn to_free(self) -> u32 {
-        if self.free >= free_low(self.all) { 0 } else { free_high(self.all) - self.free }
+        match self.coming {
+            0 if self.free < free_low(self.all) => free_high(self.all) - self.free,
+            0 => 0,
+            _ => u32::from(self.free == 0),
+        }
     }
 }
 
@@ -296,5 +303,17 @@ pub(crate) trait Tiers {
         if is_short && self.in_host(key, &block) == Residence::Free {
             self.free_frame(key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_freed_in_rounds_and_not_while_more_are_coming() {
+        let to_free = |free, coming| Frames { all: 64, free, coming }.to_free();
+        assert_eq!((to_free(4, 0), to_free(3, 0), to_free(0, 0)), (0, 5, 8));
+        assert_eq!((to_free(3, 50), to_free(0, 50)), (0, 1));
     }
 }

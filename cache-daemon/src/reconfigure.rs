@@ -17,6 +17,11 @@ pub struct Change {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyKind>,
+    /// Percent of the region's frames that may hold blocks. Whatever leaves for it is kept on disk, if there is
+    /// one; the memory stays the daemon's.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_percent: Option<u8>,
     /// Bytes that the disk tier may take: not more than it was started with.
     #[arg(long, value_parser = crate::config::parse_bytes)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -41,6 +46,10 @@ pub struct Change {
     #[arg(long, value_parser = crate::config::parse_bytes)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_write_bytes_per_day: Option<u64>,
+    /// Bytes a second that go to other daemons and the remote tier, and as many that come; 0 is no bound.
+    #[arg(long, value_parser = crate::config::parse_bytes)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_bytes_per_second: Option<u64>,
 }
 
 /// The settings in force, under the names of their flags.
@@ -48,6 +57,8 @@ pub struct Change {
 pub struct InForce {
     /// See [`Change::policy`].
     pub policy: PolicyKind,
+    /// See [`Change::host_percent`].
+    pub host_percent: u8,
     /// See [`Change::disk_bytes`].
     pub disk_bytes: u64,
     /// See [`Change::ttl_seconds`].
@@ -60,6 +71,8 @@ pub struct InForce {
     pub tenant_disk_share: u8,
     /// See [`Change::disk_write_bytes_per_day`].
     pub disk_write_bytes_per_day: u64,
+    /// See [`Change::migration_bytes_per_second`].
+    pub migration_bytes_per_second: u64,
 }
 
 /// Why nothing was changed.
@@ -78,6 +91,14 @@ pub enum ChangeError {
         /// What the tier was started with.
         max: u64,
     },
+    /// A rate at which nothing would ever arrive.
+    #[error("migration_bytes_per_second is {given}, must be 0 (no bound) or at least {min}")]
+    Rate {
+        /// Asked for.
+        given: u64,
+        /// Fewest.
+        min: u64,
+    },
     /// No share.
     #[error("{setting} is {given} percent, must be 1 to 100")]
     Share {
@@ -95,7 +116,13 @@ impl Change {
         {
             return Err(ChangeError::DiskBytes { given, min, max: disk_bytes_max });
         }
+        let min = crate::config::MIGRATION_RATE_MIN;
+        let rate = self.migration_bytes_per_second;
+        if let Some(given) = rate.filter(|given| (1..min).contains(given)) {
+            return Err(ChangeError::Rate { given, min });
+        }
         let shares = [
+            ("host_percent", self.host_percent),
             ("tenant_host_share", self.tenant_host_share),
             ("tenant_disk_share", self.tenant_disk_share),
         ];
@@ -114,12 +141,14 @@ impl Store {
         let TenantShare { host, disk } = self.config.tenant_share;
         InForce {
             policy: self.config.policy,
+            host_percent: self.host_percent,
             disk_bytes: self.transfers.disk_bytes(),
             ttl_seconds: self.config.ttl_ms.unwrap_or(0) / 1000,
             tail_idle_seconds: self.config.tail_idle_ms / 1000,
             tenant_host_share: host,
             tenant_disk_share: disk,
             disk_write_bytes_per_day: self.budget.bytes_per_day().unwrap_or(0),
+            migration_bytes_per_second: self.paces.sending.bytes_per_second(),
         }
     }
 
@@ -138,6 +167,10 @@ impl Store {
         let share = &mut config.tenant_share;
         share.host = change.tenant_host_share.unwrap_or(share.host);
         share.disk = change.tenant_disk_share.unwrap_or(share.disk);
+        self.host_percent = change.host_percent.unwrap_or(self.host_percent);
+        if let Some(bytes) = change.migration_bytes_per_second {
+            self.paces.set(bytes);
+        }
         if let Some(bytes) = change.disk_bytes {
             self.transfers.set_disk_bytes(bytes);
         }
@@ -146,9 +179,9 @@ impl Store {
         }
         let after = self.in_force();
         let ranks = |in_force: &InForce| {
-            let InForce { policy, disk_bytes, tenant_host_share, tenant_disk_share, .. } =
-                *in_force;
-            (policy, disk_bytes, tenant_host_share, tenant_disk_share)
+            let InForce { policy, host_percent, disk_bytes, .. } = *in_force;
+            let InForce { tenant_host_share, tenant_disk_share, .. } = *in_force;
+            (policy, host_percent, disk_bytes, tenant_host_share, tenant_disk_share)
         };
         if ranks(&before) != ranks(&after) {
             self.rebuild_index();
@@ -168,6 +201,8 @@ mod tests {
         assert_eq!(check(Change::default()), Ok(()));
         let disk = check(Change { disk_bytes: Some(1 << 31), ..Change::default() });
         assert!(disk.unwrap_err().to_string().contains("--disk-bytes and a restart"));
+        let rate = Change { migration_bytes_per_second: Some(1), ..Change::default() };
+        assert!(check(rate).is_err());
         let share = Change { tenant_host_share: Some(0), ..Change::default() };
         assert!(check(share).is_err());
     }

@@ -18,6 +18,7 @@ use crate::export::Exports;
 use crate::foresight::Foresight;
 use crate::import::Imports;
 use crate::metrics::Metrics;
+use crate::migrate::pace::Paces;
 use crate::policy::budget::WriteBudget;
 use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
 use crate::policy::{Index, Limits, PolicyKind, QueueTicket};
@@ -105,6 +106,10 @@ pub struct Store {
     pub(crate) imports: Imports,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) foresight: Foresight,
+    /// Of migrations and the remote tier.
+    pub(crate) paces: Paces,
+    /// Of the frames, how many may hold blocks.
+    pub(crate) host_percent: u8,
     /// Where the next walk for expired blocks begins.
     expiring: usize,
 }
@@ -126,7 +131,12 @@ pub struct LookedUp {
 
 impl Store {
     /// An empty store over disk threads that are opening the disk tier.
-    pub fn new(config: StoreConfig, disk: DiskWorkers, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        config: StoreConfig,
+        disk: DiskWorkers,
+        metrics: Arc<Metrics>,
+        paces: Paces,
+    ) -> Self {
         Self {
             config,
             directory: Directory::default(),
@@ -147,6 +157,8 @@ impl Store {
             imports: Imports::default(),
             foresight: Foresight::new(metrics.clone()),
             metrics,
+            paces,
+            host_percent: 100,
             expiring: 0,
         }
     }
@@ -161,7 +173,13 @@ impl Store {
         let Some(host) = &self.host else { return (Limits::NONE, Limits::NONE) };
         let block_bytes = self.config.disk_engine.block_bytes(host.table().geometry());
         let disk_blocks = self.transfers.disk_bytes_limit() / block_bytes.max(1);
-        self.config.tenant_share.limits(host.table().layout().frame_count(), disk_blocks)
+        self.config.tenant_share.limits(self.host_frames(host), disk_blocks)
+    }
+
+    /// Frames that may hold blocks.
+    pub(crate) fn host_frames(&self, host: &HostTier) -> u32 {
+        let all = host.table().layout().frame_count();
+        (u64::from(all) * u64::from(self.host_percent) / 100).max(1) as u32
     }
 
     /// A new order of leaving, under the policy and the bounds in force: it learns of the blocks part by part, as

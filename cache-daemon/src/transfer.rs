@@ -789,11 +789,14 @@ impl Tiers for Store {
     }
 
     fn frames(&self) -> Frames {
-        let of = |host: &HostTier| Frames {
-            all: host.table().layout().frame_count(),
-            free: host.counts().free,
+        // Frames that may hold no block are neither there nor free.
+        let of = |host: &HostTier| {
+            let all = self.host_frames(host);
+            let unused = host.table().layout().frame_count() - all;
+            let free = host.counts().free.saturating_sub(unused);
+            Frames { all, free, coming: host.coming() }
         };
-        self.host.as_ref().map_or(Frames { all: 0, free: 0 }, of)
+        self.host.as_ref().map_or(Frames { all: 0, free: 0, coming: 0 }, of)
     }
 
     fn can_write(&self) -> bool {

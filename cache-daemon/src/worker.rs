@@ -14,6 +14,7 @@ use crate::daemon::{Daemon, Ended};
 use crate::inventory::Inventory;
 use crate::metrics::Metrics;
 use crate::migrate::ask::Loop;
+use crate::migrate::pace::Paces;
 use crate::migrate::start::{StartError, start as start_migration};
 use crate::shm::map::{self, EXTENT_BYTES, MapError};
 use crate::store::{Store, StoreConfig};
@@ -95,10 +96,11 @@ pub fn run(config: &Config, listener: OwnedFd, memfd: OwnedFd) -> Result<Ended, 
         write_bytes_per_day: config.write_bytes_per_day,
         deletion_deadline_ms: config.deletion_deadline.as_millis() as u64,
     };
-    let store = Store::new(store_config, disk, metrics.clone());
+    let paces = Paces::new(config.migration_bytes_per_second);
+    let store = Store::new(store_config, disk, metrics.clone(), paces.clone());
     let inventory = Inventory::new(new_subscribers);
     let state = Loop::new(peer_events.clone(), notify.clone());
-    let migration = start_migration(config, &state, &metrics)?;
+    let migration = start_migration(config, paces, &state, &metrics)?;
     let daemon = Daemon::new(view.clone(), store, metrics.clone(), peers, disk_done, inventory)
         .with_remote(migration.remote, config.remote_on_stop);
     // Only now: whoever connects finds the region adopted, and whoever asks is shown a state.

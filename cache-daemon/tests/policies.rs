@@ -116,6 +116,15 @@ fn settings_change_while_conversations_go_on() {
     for tokens in conversations.iter().rev().take(5) {
         assert_eq!(driver.load(tokens).unwrap().tokens, tokens.len());
     }
+    config(&daemon, &["--host-percent=25", "--migration-bytes-per-second=1MiB"]).unwrap();
+    let frames = |state: &str| daemon.status_u64(&format!("/frames/{state}"));
+    until("few frames hold blocks", || (frames("ready") <= 16).then_some(()));
+    driver.save(&conversations[0]).unwrap();
+    assert_eq!(driver.load(&conversations[0]).unwrap().tokens, conversations[0].len());
+    while driver.client.poll().is_some() {} // Gives the pins back.
+    until("few still do", || (frames("ready") + frames("pinned") <= 16).then_some(()));
+    let in_force = config(&daemon, &["--host-percent=100"]).unwrap();
+    assert_eq!(in_force["migration_bytes_per_second"], 1 << 20);
     let refused = config(&daemon, &["--disk-bytes=1GiB"]).unwrap_err();
     assert!(refused.contains("must be 16777216 to 67108864"), "{refused}");
     assert!(config(&daemon, &["--tenant-disk-share=0"]).unwrap_err().contains("1 to 100"));

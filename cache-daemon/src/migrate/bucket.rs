@@ -23,6 +23,16 @@ impl Bucket {
         Self { bytes_per_second, paid_until: Duration::ZERO }
     }
 
+    /// Another rate from now on; 0 is no limit. What was taken is paid for at the rate it was taken at.
+    pub fn set(&mut self, bytes_per_second: u64) {
+        self.bytes_per_second = (bytes_per_second > 0).then_some(bytes_per_second);
+    }
+
+    /// The rate; 0 is no limit.
+    pub fn bytes_per_second(&self) -> u64 {
+        self.bytes_per_second.unwrap_or(0)
+    }
+
     /// Takes `bytes` at `now`; they may go after the time given back. More bytes than a burst may be taken
     /// at once: they are paid for before the next ones.
     pub fn take(&mut self, now: Duration, bytes: u64) -> Duration {

@@ -6,7 +6,7 @@ use tokio::runtime::Runtime;
 
 use super::ask::Loop;
 use super::desk::Desk;
-use super::pace::Pace;
+use super::pace::Paces;
 use super::pull::Puller;
 use super::server::Exporter;
 use crate::config::Config;
@@ -39,14 +39,18 @@ pub enum StartError {
 }
 
 /// Starts it. A port that is taken is tried again and again, beside the rest.
-pub fn start(config: &Config, state: &Loop, metrics: &Arc<Metrics>) -> Result<Started, StartError> {
+pub fn start(
+    config: &Config,
+    paces: Paces,
+    state: &Loop,
+    metrics: &Arc<Metrics>,
+) -> Result<Started, StartError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .thread_name("migrate")
         .enable_all()
         .build()?;
-    let pace = || Pace::new(config.migration_bytes_per_second);
-    let (sending, receiving) = (pace(), pace());
+    let Paces { sending, receiving } = paces;
     let puller = Puller::new(state.clone(), receiving, metrics.clone());
     let store = config.remote_url.as_ref();
     let store = store.map(|url| RemoteStore::open(url, sending.clone())).transpose()?;

@@ -639,7 +639,7 @@ impl Tiers for Replay<'_> {
     }
 
     fn frames(&self) -> Frames {
-        Frames { all: self.host_blocks as u32, free: self.free() as u32 }
+        Frames { all: self.host_blocks as u32, free: self.free() as u32, coming: 0 }
     }
 
     fn can_write(&self) -> bool {

@@ -213,14 +213,9 @@ impl HostTier {
         self.counts
     }
 
-    /// Frames below which eviction begins.
-    pub fn free_low(&self) -> u32 {
-        free_low(self.table.layout().frame_count())
-    }
-
-    /// Free frames up to which eviction goes on.
-    pub fn free_high(&self) -> u32 {
-        free_high(self.table.layout().frame_count())
+    /// Frames whose pages are not there yet.
+    pub fn coming(&self) -> u32 {
+        self.table.layout().frame_count() - self.served
     }
 
     fn count_mut(&mut self, state: FrameState) -> &mut u32 {
