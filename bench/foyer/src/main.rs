@@ -22,6 +22,8 @@ use futures_util::future::join_all;
 const MIB: usize = 1 << 20;
 /// Values written before a sync, as the daemon's writer does.
 const GROUP: u64 = 8;
+/// Threads' worth of writing at once.
+const FLUSHERS: usize = 4;
 /// Values that differ.
 const PAYLOADS: u64 = 4;
 
@@ -93,7 +95,10 @@ fn main() -> anyhow::Result<()> {
             FsDeviceBuilder::new(dir).with_capacity(cache_bytes).with_direct(true).build()?;
         let engine = BlockEngineConfig::new(device)
             .with_block_size((cache_bytes / 32).max(2 * bytes).next_multiple_of(MIB))
-            .with_buffer_pool_size(2 * GROUP as usize * (bytes + MIB));
+            .with_flushers(FLUSHERS)
+            .with_buffer_pool_size(2 * GROUP as usize * (bytes + MIB))
+            // What is beyond it is dropped without a word: a group has to fit.
+            .with_submit_queue_size_threshold(2 * GROUP as usize * (bytes + MIB));
         let builder = HybridCacheBuilder::new().memory(1).with_weighter(|_, value: &Bytes| value.len());
         let builder = builder.storage().with_io_engine_config(PsyncIoEngineConfig::new());
         anyhow::Ok(builder.with_engine_config(engine).build().await?)

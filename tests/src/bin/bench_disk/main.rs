@@ -40,6 +40,9 @@ const FIGURE_MIB: u64 = 8;
 const FIO: [(&str, Way); 3] =
     [("fio", Way::Libaio), ("threads", Way::Threads), ("io_uring", Way::IoUring)];
 
+/// One that takes so long to be written that a median of all rounds is not worth the wait.
+const SLOW: &str = STORES[2];
+const SLOW_ROUNDS: u64 = 2;
 /// The crate, in its own process. It reads the newer half of what it was given: it drops by whole regions.
 const FOYER: &str = "foyer";
 /// Kinds of passes.
@@ -52,7 +55,7 @@ struct Flags {
     #[arg(long)]
     dir: Option<PathBuf>,
     /// MiB of the tier for throughput.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 1024)]
     mib: u64,
     /// MiB of the tier for amplification.
     #[arg(long, default_value_t = 512)]
@@ -61,11 +64,20 @@ struct Flags {
     #[arg(long, default_value_t = 10)]
     overwrites: u64,
     /// Passes a number.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// MiB of the blocks.
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32")]
     block_mib: Vec<u64>,
+    /// Only these stores, for a look at one of them; the results are not kept.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+}
+
+impl Flags {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
 }
 
 /// Bytes a second, by work and store.
@@ -142,7 +154,7 @@ fn throughput(
     let depth = ((IN_FLIGHT_BYTES / block) as usize).clamp(2, READERS);
     let folder = |name: &str| dir.join(format!("{name}-{block_mib}"));
     let mut stores = Vec::new();
-    for name in STORES {
+    for name in STORES.into_iter().filter(|name| *name == SLOTS || flags.wants(name)) {
         let store = Store::open(name, &folder(name), flags.mib * MIB, &blocks)?;
         for _ in 0..2 {
             write_pass(&store, block)?; // Full, and each place written once before it is measured.
@@ -157,44 +169,51 @@ fn throughput(
         anyhow::Ok(peer)
     });
     let mut peer = peer.transpose()?;
-    let fio_file = dir.join("fio");
+    // A file for each way: whatever caches the drive has, all files are as warm as the stores.
+    let fio_file = |way: Way| dir.join(format!("fio-{way:?}"));
     let fio_bytes = stores[0].1.live_max() as u64 * block;
-    let fio = |way, work| fio::pass(way, &fio_file, work, fio_bytes, block, depth);
-    fio(Way::Libaio, Work::Write)?;
+    let fio = |way, work| fio::pass(way, &fio_file(way), work, fio_bytes, block, depth);
+    for (_, way) in FIO {
+        fio(way, Work::Write)?;
+    }
     let mut passes = Passes::new();
     for round in 0..flags.rounds as u64 {
         let mut note = |work, name, rate| passes.entry((work, name)).or_default().push(rate);
-        for (name, way) in FIO {
+        let stores = stores.iter().filter(|(name, _)| *name != SLOW || round < SLOW_ROUNDS);
+        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
             note("read", name, fio(way, Work::Read)?);
         }
-        for (name, store) in &stores {
+        for (name, store) in stores.clone() {
             note("read", name, read_pass(store, &folder(name), block, depth, round)?);
         }
         if let Some(peer) = &mut peer {
             note("read", FOYER, peer.pass("read", peer_count / 2, round)?);
         }
-        for (name, way) in FIO {
+        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
             note("write", name, fio(way, Work::Write)?);
         }
-        for (name, store) in &stores {
+        for (name, store) in stores.clone() {
             note("write", name, write_pass(store, block)?);
         }
         if let Some(peer) = &mut peer {
             note("write", FOYER, peer.pass("write", peer_count, round)?);
         }
-        for (name, way) in FIO {
+        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
             note("read under 30 % writes", name, fio(way, Work::Mixed)?);
         }
-        for (name, store) in &stores {
+        for (name, store) in stores.clone() {
             let rate = mixed_pass(store, &folder(name), block, depth, round)?;
             note("read under 30 % writes", name, rate);
         }
     }
+    let names: Vec<_> = stores.iter().map(|(name, _)| *name).chain(foyer.map(|_| FOYER)).collect();
     drop((stores, peer));
-    for name in STORES.into_iter().chain(foyer.map(|_| FOYER)) {
+    for name in names {
         std::fs::remove_dir_all(folder(name))?;
     }
-    std::fs::remove_file(fio_file)?;
+    for (_, way) in FIO {
+        std::fs::remove_file(fio_file(way))?;
+    }
     Ok(passes)
 }
 
@@ -241,8 +260,8 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let mut raw = Vec::new();
     println!("GB/s, median of {} passes over {} MiB", flags.rounds, flags.mib);
-    let foyer = foyer::binary(&home);
-    if foyer.is_none() {
+    let foyer = foyer::binary(&home).filter(|_| flags.wants(FOYER));
+    if foyer.is_none() && flags.only.is_empty() {
         println!("without foyer: `make bench-disk` builds it");
     }
     let names =
@@ -277,6 +296,9 @@ fn main() -> anyhow::Result<()> {
                 "block_mib": block_mib, "work": work, "store": name, "bytes_per_second": rates,
             }));
         }
+    }
+    if !flags.only.is_empty() {
+        return Ok(std::fs::remove_dir_all(&dir)?);
     }
     plot::draw(&names, &panels)?;
     let mut amplifications = Vec::new();

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
+use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kv_protocol::{BlockKey, Geometry};
 
@@ -25,6 +26,32 @@ const SEGMENTS_MIN: u64 = 16;
 /// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
 /// blocks: as many as read.
 const WRITE_THREADS: usize = crate::tier::disk::READERS;
+
+/// Checks at once: one a core. More would all end late, and the drive would wait for the first.
+struct Checks {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Checks {
+    fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        Self { free: Mutex::new(cores), freed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run<T>(&self, check: impl FnOnce() -> T) -> T {
+        let free = self.freed.wait_while(self.lock(), |free| *free == 0);
+        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
+        let result = check();
+        *self.lock() += 1;
+        self.freed.notify_one();
+        result
+    }
+}
 
 /// A slot taken for a block that is being written.
 pub struct Place {
@@ -144,8 +171,13 @@ impl SlotTier {
     }
 
     /// Step 2 for one block.
-    fn fill(&self, block: &NewBlock<'_>, place: &Place) -> Result<(), WriteFailure> {
-        if !block.is_right() {
+    fn fill(
+        &self,
+        block: &NewBlock<'_>,
+        place: &Place,
+        checks: &Checks,
+    ) -> Result<(), WriteFailure> {
+        if !checks.run(|| block.is_right()) {
             return Err(WriteFailure::Checksum);
         }
         let geometry = block.geometry;
@@ -188,14 +220,14 @@ impl SlotTier {
             })
             .collect();
         // 2.
-        let next = AtomicUsize::new(0);
+        let (next, checks) = (AtomicUsize::new(0), Checks::new());
         let work = || {
             let mut done = Vec::new();
             loop {
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 let Some(block) = blocks.get(number) else { return done };
                 if let Ok(place) = &places[number] {
-                    done.push((number, self.fill(block, place)));
+                    done.push((number, self.fill(block, place, &checks)));
                 }
             }
         };
