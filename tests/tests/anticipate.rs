@@ -48,6 +48,10 @@ fn an_anticipated_history_is_in_host_memory_before_its_turn_and_is_told_as_from_
         }
     }
     client.clear_device();
+    // A block that is still being written cannot leave, and the history would in its place.
+    until("all is on disk", || {
+        (daemon.status_u64("/blocks/disk") == daemon.status_u64("/blocks/known")).then_some(())
+    });
 
     let before = daemon.status_u64("/promotes_by_hint");
     assert_eq!(client.anticipate("nobody", &json!({})).0, 404);

@@ -9,8 +9,8 @@ use kv_protocol::geometry::LayerSet;
 use kv_protocol::{ConversationId, Dtype, Geometry};
 
 use crate::proxy::{Carried, Plan, Proxy};
-use crate::replica::{BINARY, Replica, SECRET, ask, free_address, number};
-use crate::support::geometry;
+use crate::replica::{BINARY, Replica, SECRET, ask, number};
+use crate::support::{free_address, geometry};
 
 #[test]
 fn a_conversation_moves_byte_for_byte_from_frames_and_from_disk() {

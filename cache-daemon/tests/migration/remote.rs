@@ -10,8 +10,8 @@ use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 use serde_json::Value;
 
-use crate::replica::{Held, Replica, ask, free_address, import, number, transfer};
-use crate::support::{Driver, until};
+use crate::replica::{Held, Replica, ask, import, number, transfer};
+use crate::support::{Driver, free_address, until};
 
 const KEY: &str = "colloquy";
 const KEY_SECRET: &str = "not a secret at all";

@@ -1,13 +1,13 @@
 //! A daemon that takes part in moves, with a small runtime, and what it holds.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 
 use kv_protocol::{ConversationId, Geometry};
 use runtime::cache_client::CacheEvent;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Driver, conversation, geometry, region_bytes, until};
+use crate::support::{Daemon, Driver, conversation, free_address, geometry, region_bytes, until};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_cache-daemon");
 pub const SECRET: &str = "a secret of the test, long enough to be one";
@@ -103,13 +103,6 @@ pub struct Held {
     pub id: ConversationId,
     pub tokens: Vec<u32>,
     pub blocks: usize,
-}
-
-/// Where nobody listens.
-pub fn free_address() -> SocketAddr {
-    // Free now; taken by nobody else on a loopback address, as far as tests go.
-    let probe = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    probe.local_addr().expect("its address")
 }
 
 /// The record, as a runtime asks for it.

@@ -5,10 +5,11 @@
 pub mod faults;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use kv_protocol::geometry::LayerSet;
@@ -97,11 +98,7 @@ impl Daemon {
         environment: &[(&str, &Path)],
     ) -> Self {
         let socket = dir.join("daemon.sock");
-        let http = {
-            // Free now; taken by nobody else on a loopback address, as far as tests go.
-            let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-            probe.local_addr().expect("its address")
-        };
+        let http = free_address();
         let supervisor = Command::new(binary)
             .arg("supervise")
             .arg(format!("--socket={}", socket.display()))
@@ -528,6 +525,17 @@ impl Driver {
     pub fn rest(&self, longest: Duration) {
         self.doorbell.wait(longest);
     }
+}
+
+/// An address where nobody listens, for a server of this test: on a loopback address of its own, so that no
+/// other server, and no client's end of a connection, gets its port before it does.
+pub fn free_address() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let process = (std::process::id() % 250) as u8 + 1;
+    let ip = Ipv4Addr::new(127, process, (number / 250) as u8, (number % 250) as u8 + 1);
+    let probe = TcpListener::bind((ip, 0)).expect("a loopback address");
+    probe.local_addr().expect("its address")
 }
 
 /// Token ids of a test conversation.

@@ -88,11 +88,7 @@ pub fn region_bytes(model: &Path, frames: u64) -> u64 {
 impl Runtime {
     /// Starts one, and waits until it is ready. Without a socket it has no cache beyond the device.
     pub fn start(model: &Path, cache_socket: Option<&Path>, flags: &[&str]) -> Self {
-        let address = {
-            // Free now; taken by nobody else on a loopback address, as far as tests go.
-            let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-            probe.local_addr().expect("its address")
-        };
+        let address = daemon::free_address();
         let mut command = Command::new(beside_us("runtime", "COLLOQUY_RUNTIME"));
         command.arg("--model").arg(model).arg(format!("--http={address}"));
         command.arg(format!("--tokens-per-block={TOKENS_PER_BLOCK}"));

@@ -39,8 +39,10 @@ use crate::migrate::bundle::BlockBytes;
 use crate::outline::Outline;
 use crate::tombstone::Tombstone;
 
-/// Threads that read: 8 MB in flight with blocks of a megabyte, which keeps a drive busy.
-pub const READERS: usize = 8;
+/// Reads, and writes, that a drive has to do at once: 8 MB in flight with blocks of a megabyte, which keeps it busy.
+pub const READS_AT_ONCE: usize = 8;
+/// Threads that read: while some check what came, the drive has others' reads to do.
+pub const READERS: usize = READS_AT_ONCE + READS_AT_ONCE / 2;
 /// Blocks written as one group, with one sync of a file and one of the index's log: some milliseconds, beside
 /// the forty that 16 blocks of 8 MB take. They stay in their frames meanwhile, so a group costs no memory.
 pub const GROUP_MAX: usize = 16;

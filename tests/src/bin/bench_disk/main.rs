@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use cache_daemon::tier::disk::{GROUP_MAX, READERS};
+use cache_daemon::tier::disk::{GROUP_MAX, READERS, READS_AT_ONCE};
 use clap::Parser;
 use colloquy_tests::figures::{figure, median, write_raw};
 use serde_json::json;
@@ -29,8 +29,6 @@ use foyer::Foyer;
 use plot::Panel;
 use store::{Blocks, STORES, Store, allocated, forget_cached};
 
-/// Bytes in flight: with large blocks fewer of them.
-const IN_FLIGHT_BYTES: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
 /// The engine that the figures are of, and the size.
 const SLOTS: &str = STORES[0];
@@ -84,17 +82,11 @@ impl Flags {
 type Passes = BTreeMap<(&'static str, &'static str), Vec<f64>>;
 
 /// Reads all that is there.
-fn read_pass(
-    store: &Store<'_>,
-    dir: &Path,
-    block: u64,
-    depth: usize,
-    seed: u64,
-) -> anyhow::Result<f64> {
+fn read_pass(store: &Store<'_>, dir: &Path, block: u64, seed: u64) -> anyhow::Result<f64> {
     forget_cached(dir)?;
     let numbers = store.some(store.live_max(), seed);
     let begin = Instant::now();
-    store.read_all(&numbers, depth, &AtomicUsize::new(0))?;
+    store.read_all(&numbers, &AtomicUsize::new(0))?;
     Ok((numbers.len() as u64 * block) as f64 / begin.elapsed().as_secs_f64())
 }
 
@@ -109,13 +101,7 @@ fn write_pass(store: &Store<'_>, block: u64) -> anyhow::Result<f64> {
 }
 
 /// Reads half of what is there (what stays while others are written) with 30 % writes beside.
-fn mixed_pass(
-    store: &Store<'_>,
-    dir: &Path,
-    block: u64,
-    depth: usize,
-    seed: u64,
-) -> anyhow::Result<f64> {
+fn mixed_pass(store: &Store<'_>, dir: &Path, block: u64, seed: u64) -> anyhow::Result<f64> {
     forget_cached(dir)?;
     let numbers = store.some(store.live_max() / 2, seed);
     let read = AtomicUsize::new(0);
@@ -134,7 +120,7 @@ fn mixed_pass(
             }
             anyhow::Ok(())
         });
-        let outcome = store.read_all(&numbers, depth, &read);
+        let outcome = store.read_all(&numbers, &read);
         read.store(numbers.len(), Ordering::Relaxed); // Ends the writer after an error, too.
         let took = begin.elapsed();
         writer.join().expect("no panic")?;
@@ -151,7 +137,6 @@ fn throughput(
 ) -> anyhow::Result<Passes> {
     let block = block_mib * MIB;
     let blocks = Blocks::new(block)?;
-    let depth = ((IN_FLIGHT_BYTES / block) as usize).clamp(2, READERS);
     let folder = |name: &str| dir.join(format!("{name}-{block_mib}"));
     let mut stores = Vec::new();
     for name in STORES.into_iter().filter(|name| *name == SLOTS || flags.wants(name)) {
@@ -164,7 +149,7 @@ fn throughput(
     let peer_count = stores[0].1.live_max();
     let peer = foyer.map(|binary| {
         std::fs::create_dir_all(folder(FOYER))?;
-        let mut peer = Foyer::start(binary, &folder(FOYER), flags.mib, block_mib, depth)?;
+        let mut peer = Foyer::start(binary, &folder(FOYER), flags.mib, block_mib, READS_AT_ONCE)?;
         peer.pass("write", 2 * peer_count, 0)?;
         anyhow::Ok(peer)
     });
@@ -172,7 +157,7 @@ fn throughput(
     // A file for each way: whatever caches the drive has, all files are as warm as the stores.
     let fio_file = |way: Way| dir.join(format!("fio-{way:?}"));
     let fio_bytes = stores[0].1.live_max() as u64 * block;
-    let fio = |way, work| fio::pass(way, &fio_file(way), work, fio_bytes, block, depth);
+    let fio = |way, work| fio::pass(way, &fio_file(way), work, fio_bytes, block, READS_AT_ONCE);
     for (_, way) in FIO {
         fio(way, Work::Write)?;
     }
@@ -184,7 +169,7 @@ fn throughput(
             note("read", name, fio(way, Work::Read)?);
         }
         for (name, store) in stores.clone() {
-            note("read", name, read_pass(store, &folder(name), block, depth, round)?);
+            note("read", name, read_pass(store, &folder(name), block, round)?);
         }
         if let Some(peer) = &mut peer {
             note("read", FOYER, peer.pass("read", peer_count / 2, round)?);
@@ -202,7 +187,7 @@ fn throughput(
             note("read under 30 % writes", name, fio(way, Work::Mixed)?);
         }
         for (name, store) in stores.clone() {
-            let rate = mixed_pass(store, &folder(name), block, depth, round)?;
+            let rate = mixed_pass(store, &folder(name), block, round)?;
             note("read under 30 % writes", name, rate);
         }
     }
@@ -313,7 +298,7 @@ fn main() -> anyhow::Result<()> {
     }
     std::fs::remove_dir_all(&dir)?;
     let report = json!({
-        "mib": flags.mib, "rounds": flags.rounds, "readers": READERS, "group": GROUP_MAX,
+        "mib": flags.mib, "rounds": flags.rounds, "depth": READS_AT_ONCE, "readers": READERS, "group": GROUP_MAX,
         "amplification_mib": flags.amplification_mib, "overwrites": flags.overwrites,
         "throughput": raw, "amplification": amplifications,
     });

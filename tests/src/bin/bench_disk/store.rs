@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context as _, bail, ensure};
 use cache_daemon::shm::map;
 use cache_daemon::tier::disk::{
-    DiskTier, Engine, GROUP_MAX, NewBlock, READERS, check_rows, read_checked,
+    DiskTier, Engine, GROUP_MAX, NewBlock, READERS, READS_AT_ONCE, check_rows, read_checked,
 };
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::table::RegionView;
@@ -241,13 +241,12 @@ impl<'a> Store<'a> {
         Ok(())
     }
 
-    /// Reads each of `numbers` once on `threads` threads; `read` counts blocks as they arrive.
-    pub fn read_all(
-        &self,
-        numbers: &[u32],
-        threads: usize,
-        read: &AtomicUsize,
-    ) -> anyhow::Result<()> {
+    /// Reads each of `numbers` once, on as many threads as the daemon does; `read` counts blocks as they arrive.
+    pub fn read_all(&self, numbers: &[u32], read: &AtomicUsize) -> anyhow::Result<()> {
+        let threads = match self.kind {
+            Kind::Tier(..) => READERS,
+            Kind::Files(_) => READS_AT_ONCE,
+        };
         let next = AtomicUsize::new(0);
         let work = &|frame: &Span| -> anyhow::Result<()> {
             while let Some(number) = numbers.get(next.fetch_add(1, Ordering::Relaxed)) {

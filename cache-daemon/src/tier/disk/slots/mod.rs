@@ -23,6 +23,7 @@ mod home;
 mod index;
 mod media;
 mod pages;
+mod permits;
 mod recovery;
 mod segments;
 mod space;
@@ -43,10 +44,12 @@ use self::home::{folder_bytes, make_home, start_index_anew};
 use self::index::{INDEX_VERSION_READ, Index, is_corrupt};
 use self::media::{Folder, Media, SlotFile};
 use self::pages::Pages;
+use self::permits::Permits;
 pub use self::space::Placement;
 use self::space::{SlotId, Space, Spare};
 use super::{
-    DiskError, DiskTier, DiskUsage, NewBlock, StoredBlock, StoredConversation, WriteFailure,
+    DiskError, DiskTier, DiskUsage, NewBlock, READS_AT_ONCE, StoredBlock, StoredConversation,
+    WriteFailure,
 };
 
 const INDEX_FOLDER: &str = "index";
@@ -79,6 +82,8 @@ pub struct SlotTier {
     state: Mutex<State>,
     /// Rung when a reader leaves a slot.
     left: Condvar,
+    /// More readers than there are reads at once: the others check what came.
+    reading: Permits,
     changing: Mutex<()>,
     files_bytes_max: u64,
     reserve_bytes: u64,
@@ -131,6 +136,7 @@ impl SlotTier {
                 writing_since: 0,
             }),
             left: Condvar::new(),
+            reading: Permits::new(READS_AT_ONCE),
             changing: Mutex::default(),
             files_bytes_max: disk_bytes / 100 * FILES_SHARE_PERCENT,
             reserve_bytes: (disk_bytes / RESERVE_SHARE).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX),
@@ -266,7 +272,7 @@ impl DiskTier for SlotTier {
             }
             state.files[&at.file].0.clone()
         };
-        let read = read_slot(&*file, at, geometry, payload);
+        let read = self.reading.during(|| read_slot(&*file, at, geometry, payload));
         self.lock().space.end_read(at);
         self.left.notify_all();
         let (slot, header) = read?;

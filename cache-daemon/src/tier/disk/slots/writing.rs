@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::num::NonZero;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kv_protocol::{BlockKey, Geometry};
 
@@ -12,6 +12,7 @@ use super::SlotTier;
 use super::format::{FileHeader, PAGE_BYTES, SlotHeader, encode_entry, slot_at, slot_bytes};
 use super::media::{self, SlotFile};
 use super::pages::Pages;
+use super::permits::Permits;
 use super::space::{Placement, SlotId, Spare};
 use crate::tier::disk::{DiskError, NewBlock, WriteFailure};
 
@@ -25,33 +26,7 @@ const FILES_MIN: u64 = 4;
 const SEGMENTS_MIN: u64 = 16;
 /// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
 /// blocks: as many as read.
-const WRITE_THREADS: usize = crate::tier::disk::READERS;
-
-/// Checks at once: one a core. More would all end late, and the drive would wait for the first.
-struct Checks {
-    free: Mutex<usize>,
-    freed: Condvar,
-}
-
-impl Checks {
-    fn new() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        Self { free: Mutex::new(cores), freed: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn run<T>(&self, check: impl FnOnce() -> T) -> T {
-        let free = self.freed.wait_while(self.lock(), |free| *free == 0);
-        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
-        let result = check();
-        *self.lock() += 1;
-        self.freed.notify_one();
-        result
-    }
-}
+const WRITE_THREADS: usize = crate::tier::disk::READS_AT_ONCE;
 
 /// A slot taken for a block that is being written.
 pub struct Place {
@@ -175,9 +150,9 @@ impl SlotTier {
         &self,
         block: &NewBlock<'_>,
         place: &Place,
-        checks: &Checks,
+        checks: &Permits,
     ) -> Result<(), WriteFailure> {
-        if !checks.run(|| block.is_right()) {
+        if !checks.during(|| block.is_right()) {
             return Err(WriteFailure::Checksum);
         }
         let geometry = block.geometry;
@@ -220,7 +195,10 @@ impl SlotTier {
             })
             .collect();
         // 2.
-        let (next, checks) = (AtomicUsize::new(0), Checks::new());
+        let next = AtomicUsize::new(0);
+        // One check a core: more at once would all end late, and the drive would wait for the first.
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let checks = Permits::new(cores);
         let work = || {
             let mut done = Vec::new();
             loop {
