@@ -38,13 +38,16 @@ const FIGURE_MIB: u64 = 8;
 const FIO: [(&str, Way); 3] =
     [("fio", Way::Libaio), ("threads", Way::Threads), ("io_uring", Way::IoUring)];
 
-/// One that takes so long to be written that a median of all rounds is not worth the wait.
+/// One that takes so long to be written that more than one round, or all overwrites, is not worth the wait; and
+/// the drive rests meanwhile.
 const SLOW: &str = STORES[2];
-const SLOW_ROUNDS: u64 = 2;
+const SLOW_OVERWRITES: u64 = 2;
 /// The crate, in its own process. It reads the newer half of what it was given: it drops by whole regions.
 const FOYER: &str = "foyer";
 /// Kinds of passes.
-const WORKS: [&str; 3] = ["read", "write", "read under 30 % writes"];
+const READ: &str = "read";
+const WRITE: &str = "write";
+const WORKS: [&str; 3] = [READ, WRITE, "read under 30 % writes"];
 
 /// Compares the disk tier's engines with fio.
 #[derive(Debug, Parser)]
@@ -62,7 +65,7 @@ struct Flags {
     #[arg(long, default_value_t = 10)]
     overwrites: u64,
     /// Passes a number.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 6)]
     rounds: usize,
     /// MiB of the blocks.
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32")]
@@ -76,6 +79,13 @@ impl Flags {
     fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|only| only == name)
     }
+}
+
+/// Who takes part in a round.
+enum Contender<'a> {
+    Fio(&'a (&'static str, Way)),
+    Store(&'a (&'static str, Store<'a>)),
+    Foyer,
 }
 
 /// Bytes a second, by work and store.
@@ -161,35 +171,38 @@ fn throughput(
     for (_, way) in FIO {
         fio(way, Work::Write)?;
     }
+    let mut contenders: Vec<Contender<'_>> =
+        FIO.iter().filter(|(name, _)| flags.wants(name)).map(Contender::Fio).collect();
+    contenders.extend(stores.iter().map(Contender::Store));
+    contenders.extend(peer.as_ref().map(|_| Contender::Foyer));
     let mut passes = Passes::new();
     for round in 0..flags.rounds as u64 {
-        let mut note = |work, name, rate| passes.entry((work, name)).or_default().push(rate);
-        let stores = stores.iter().filter(|(name, _)| *name != SLOW || round < SLOW_ROUNDS);
-        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
-            note("read", name, fio(way, Work::Read)?);
+        for work in WORKS {
+            for contender in &contenders {
+                let (name, rate) = match (contender, work) {
+                    (Contender::Store((name, _)), _) if *name == SLOW && round > 0 => continue,
+                    (Contender::Fio((name, way)), READ) => (*name, fio(*way, Work::Read)?),
+                    (Contender::Fio((name, way)), WRITE) => (*name, fio(*way, Work::Write)?),
+                    (Contender::Fio((name, way)), _) => (*name, fio(*way, Work::Mixed)?),
+                    (Contender::Store((name, store)), READ) => {
+                        (*name, read_pass(store, &folder(name), block, round)?)
+                    }
+                    (Contender::Store((name, store)), WRITE) => (*name, write_pass(store, block)?),
+                    (Contender::Store((name, store)), _) => {
+                        (*name, mixed_pass(store, &folder(name), block, round)?)
+                    }
+                    (Contender::Foyer, READ | WRITE) => {
+                        let Some(peer) = &mut peer else { continue };
+                        let count = if work == READ { peer_count / 2 } else { peer_count };
+                        (FOYER, peer.pass(work, count, round)?)
+                    }
+                    (Contender::Foyer, _) => continue,
+                };
+                passes.entry((work, name)).or_default().push(rate);
+            }
         }
-        for (name, store) in stores.clone() {
-            note("read", name, read_pass(store, &folder(name), block, round)?);
-        }
-        if let Some(peer) = &mut peer {
-            note("read", FOYER, peer.pass("read", peer_count / 2, round)?);
-        }
-        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
-            note("write", name, fio(way, Work::Write)?);
-        }
-        for (name, store) in stores.clone() {
-            note("write", name, write_pass(store, block)?);
-        }
-        if let Some(peer) = &mut peer {
-            note("write", FOYER, peer.pass("write", peer_count, round)?);
-        }
-        for (name, way) in FIO.into_iter().filter(|(name, _)| flags.wants(name)) {
-            note("read under 30 % writes", name, fio(way, Work::Mixed)?);
-        }
-        for (name, store) in stores.clone() {
-            let rate = mixed_pass(store, &folder(name), block, round)?;
-            note("read under 30 % writes", name, rate);
-        }
+        // A drive that has rested is faster for a while: whoever went first goes last.
+        contenders.reverse();
     }
     let names: Vec<_> = stores.iter().map(|(name, _)| *name).chain(foyer.map(|_| FOYER)).collect();
     drop((stores, peer));
@@ -217,7 +230,8 @@ fn amplification(flags: &Flags, dir: &Path, name: &str) -> anyhow::Result<(f64, 
     write_pass(&store, blocks.bytes())?; // Full from here on.
     forget_cached(&dir)?;
     let before = written_bytes()?;
-    let total = flags.overwrites * flags.amplification_mib * MIB;
+    let overwrites = if name == SLOW { SLOW_OVERWRITES } else { flags.overwrites };
+    let total = overwrites * flags.amplification_mib * MIB;
     let (mut written, mut taken) = (0, 0);
     while written < total {
         store.write_group(GROUP_MAX)?;
@@ -270,8 +284,8 @@ fn main() -> anyhow::Result<()> {
             let ratio = of(SLOTS).zip(of(FIO[0].0)).map_or(0.0, |(slots, fio)| slots / fio);
             if *block_mib == FIGURE_MIB {
                 match work {
-                    "read" => figure("disk_read_vs_fio", ratio, "ratio"),
-                    "write" => figure("disk_write_vs_fio", ratio, "ratio"),
+                    READ => figure("disk_read_vs_fio", ratio, "ratio"),
+                    WRITE => figure("disk_write_vs_fio", ratio, "ratio"),
                     _ => figure("disk_mixed_read_vs_fio", ratio, "ratio"),
                 }
             }
