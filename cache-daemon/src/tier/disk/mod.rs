@@ -39,7 +39,8 @@ use crate::migrate::bundle::BlockBytes;
 use crate::outline::Outline;
 use crate::tombstone::Tombstone;
 
-/// Reads, and writes, that a drive has to do at once: 8 MB in flight with blocks of a megabyte, which keeps it busy.
+/// Reads, and writes, that a drive has to do at once: 8 MB in flight with blocks of a megabyte, which keeps
+/// it busy.
 pub const READS_AT_ONCE: usize = 8;
 /// Threads that read: while some check what came, the drive has others' reads to do.
 pub const READERS: usize = READS_AT_ONCE + READS_AT_ONCE / 2;
