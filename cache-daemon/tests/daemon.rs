@@ -180,7 +180,7 @@ fn a_conversations_blocks_lie_in_neighbouring_frames_saved_or_promoted() {
     let neighbours = |driver: &mut Driver| {
         let sequence = driver.enqueue(&tokens, 0);
         let (blocks, _) = driver.pin(sequence).unwrap();
-        let frames: Vec<u32> = blocks.iter().map(|block| block.frame.frame().0).collect();
+        let frames: Vec<u32> = blocks.iter().map(|block| block.handle.frame.0).collect();
         assert_eq!(frames.len(), 12);
         frames.windows(2).filter(|pair| pair[1] == pair[0] + 1).count()
     };

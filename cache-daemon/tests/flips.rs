@@ -109,6 +109,41 @@ fn a_flipped_bit_of_the_region_costs_an_attachment_an_answer_or_a_miss_never_wro
     assert!(seen.by_checksum + seen.detached + seen.lost > 0, "no flip struck: {seen:?}");
 }
 
+/// The answer names frames; whether they hold what was asked for shows when they are copied.
+#[test]
+fn a_frame_that_is_no_longer_the_block_is_found_when_it_is_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_cache-daemon"));
+    let daemon = Daemon::start(program, dir.path(), region_bytes(FRAMES), &[]);
+    let mut driver = Driver::attach(&daemon.socket, geometry());
+    let tokens = conversation(1, 16 * 4);
+    driver.save(&tokens).unwrap();
+    let sequence = driver.enqueue(&tokens, 0);
+    let (blocks, _) = driver.pin(sequence).unwrap();
+    assert_eq!(blocks.len(), 4);
+    let table = daemon.region().table().unwrap();
+    let region = table.region();
+    let [first, second] = [0, 1].map(|at| blocks[at].handle.frame);
+    let header_bytes = BlockHeader::bytes(&geometry()) as u64;
+    for at in 0..8 * header_bytes {
+        let place = table.layout().header(first) + at / 8;
+        let mut byte = [0];
+        region.copy_out(place, &mut byte);
+        region.copy_in(place, &[byte[0] ^ 1 << (at % 8)]);
+        assert!(!driver.are_as_stored(&tokens, &blocks[0]), "bit {at} of the header");
+        region.copy_in(place, &byte);
+    }
+    assert!(driver.are_as_stored(&tokens, &blocks[0]));
+    // All of another block, each checksum of it right.
+    let mut copy = vec![0; geometry().payload_bytes() as usize];
+    table.copy_out(second, 0, &mut copy);
+    table.copy_in(first, 0, &copy);
+    let mut header = table.header(blocks[1].handle).unwrap();
+    header.generation = blocks[0].handle.generation;
+    table.write_header(first, &header);
+    assert!(!driver.are_as_stored(&tokens, &blocks[0]), "another block is taken for it");
+}
+
 /// One after another, while the driver works, near what is in use.
 fn flip_bits(view: &RegionView, flips: u64, flipped: &AtomicU64, done: &AtomicBool) {
     let mut random = Random(0x2545_f491_4f6c_dd1d);

@@ -7,7 +7,6 @@
 //! Loads (frame → device block) and saves (device block → frame) run beside the compute, layer by
 //! layer: a row that names a load waits, in each layer, for that layer of that load only.
 
-use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use crate::adaskip::SkipSet;
@@ -167,56 +166,54 @@ pub struct StepOutput {
     pub load_wait: std::time::Duration,
 }
 
-/// Bytes of one frame, as a backend's copier sees them: rows are present layers, packed.
+/// A frame that the runtime fills, as a backend's copier sees it: rows are present layers, packed.
 ///
 /// The memory may be shared with another process, so access is by copy only, never by reference.
-/// An implementation that finds its frame gone fills with whatever it reads: the checksum tells.
-pub trait FrameBytes: Send + Sync + std::fmt::Debug {
-    /// Copies `to.len()` bytes from `offset` in the frame. Panics if out of the frame's bounds.
-    fn read(&self, offset: usize, to: &mut [u8]);
+pub trait WriteFrame: Send + Sync + std::fmt::Debug {
     /// Copies `from` into the frame at `offset`. Panics if out of the frame's bounds.
     fn write(&self, offset: usize, from: &[u8]);
+}
+
+/// Frames that hold blocks found together, by place; the memory is shared likewise.
+pub trait ReadFrames: Send + Sync + std::fmt::Debug {
+    /// CRC32C of each packed row of the block that was found at `place`, if the frame still holds that very
+    /// block. Asked before its rows are copied: what comes into the frame later has other checksums.
+    fn checksums(&self, place: usize) -> Option<Vec<u32>>;
+    /// Copies `to.len()` bytes from `offset` in the frame. Panics if out of the frame's bounds.
+    fn read(&self, place: usize, offset: usize, to: &mut [u8]);
+}
+
+/// One of the frames that were found together; dropping the last of them gives all back.
+#[derive(Debug, Clone)]
+pub struct FoundFrame {
+    frames: Arc<dyn ReadFrames>,
+    place: usize,
+}
+
+impl FoundFrame {
+    /// The one at `place`.
+    pub fn new(frames: Arc<dyn ReadFrames>, place: usize) -> Self {
+        Self { frames, place }
+    }
+
+    /// See [`ReadFrames::checksums`].
+    pub fn checksums(&self) -> Option<Vec<u32>> {
+        self.frames.checksums(self.place)
+    }
+
+    /// See [`ReadFrames::read`].
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        self.frames.read(self.place, offset, to);
+    }
 }
 
 /// One block to copy from its frame.
 #[derive(Debug, Clone)]
 pub struct LoadBlock {
     /// Where the bytes are.
-    pub frame: Arc<dyn FrameBytes>,
+    pub frame: FoundFrame,
     /// Where they go.
     pub block: BlockId,
-    /// CRC32C of each packed row (present layer), from the block's header.
-    pub checksums: RowChecksums,
-}
-
-/// CRC32Cs of a block's rows: a part of what all blocks of an answer have in one allocation.
-#[derive(Debug, Clone)]
-pub struct RowChecksums {
-    all: Arc<[u32]>,
-    rows: Range<usize>,
-}
-
-impl RowChecksums {
-    /// These rows of `all`. Panics when they are not in it.
-    pub fn part(all: &Arc<[u32]>, rows: Range<usize>) -> Self {
-        assert!(rows.end <= all.len(), "rows {rows:?} of {}", all.len());
-        Self { all: all.clone(), rows }
-    }
-}
-
-impl From<Arc<[u32]>> for RowChecksums {
-    fn from(all: Arc<[u32]>) -> Self {
-        let rows = 0..all.len();
-        Self { all, rows }
-    }
-}
-
-impl Deref for RowChecksums {
-    type Target = [u32];
-
-    fn deref(&self) -> &[u32] {
-        &self.all[self.rows.clone()]
-    }
 }
 
 /// A history on its way into the device pool; copied layer by layer, all blocks of layer 0 first.
@@ -239,7 +236,7 @@ pub struct SavePlan {
     /// Where the bytes are.
     pub block: BlockId,
     /// Where they go.
-    pub frame: Arc<dyn FrameBytes>,
+    pub frame: Arc<dyn WriteFrame>,
     /// As in [`LoadPlan`].
     pub present_layers: Arc<[u16]>,
 }

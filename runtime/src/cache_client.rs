@@ -10,15 +10,16 @@
 //! **Invariants**
 //! - No call blocks: not on the daemon, not on the disk, not on the socket.
 //! - The cache may always say no: without a daemon every question is answered by [`Unavailable`].
-//! - Whatever is relied on from the region is checked: handle, state, key, root, labels, token ids; the rows'
-//!   checksums by who copies the rows. What fails is a miss; what no daemon would write ends the attachment.
+//! - Whatever is relied on from the region is checked: here what decides which tokens a block stands for; by who
+//!   copies the rows that the header is that block's, and each row's checksum. What fails is a miss; what no
+//!   daemon would write ends the attachment.
 //! - Pins and unused frames go back by dropping them, from whatever thread.
-//! - After [`CacheEvent::Detached`] all spans handed out before are invalid: drop them. A copy that is
+//! - After [`CacheEvent::Detached`] all frames handed out before are invalid: drop them. A copy that is
 //!   still running reads whatever is there, and its checksums tell.
 
 mod bell;
+mod frames;
 mod link;
-mod span;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::net::UnixStream;
@@ -26,7 +27,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kv_protocol::header::{HEADER_FIXED_BYTES, HeaderSummary};
 use kv_protocol::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
 use kv_protocol::message::{
     ArenaSpan, BlockList, CommitOutcome, FoundBlock, FrameHandle, HANDLES_MAX, KeyList,
@@ -39,7 +39,7 @@ use kv_protocol::{
     AttachmentId, BlockHeader, BlockKey, Completion, FrameState, Geometry, Submission,
 };
 
-use crate::batch::RowChecksums;
+use crate::batch::{FoundFrame, WriteFrame};
 
 pub use bell::{Doorbell, Waker};
 pub use kv_protocol::message::{ANTICIPATED_FOR, Hint, SequenceTag, Tier};
@@ -48,19 +48,15 @@ pub use kv_protocol::{
     Accept, ConversationId, Fingerprint, MissReason, NumericsTag, RootKey, Variant,
 };
 pub use link::{AttachError, CacheConfig};
-pub use span::FrameSpan;
 
+use frames::{AttachmentLife, GrantedFrame, Pinned, PinnedFrames};
 use link::{Attached, Link, LinkEvent};
-use span::AttachmentLife;
 
 /// Link events that can wait for the engine: an attach and its end, twice over.
 const LINK_EVENTS_MAX: usize = 4;
 /// Messages that may wait for room in the ring. Each belongs to a frame, a sequence or a record of this
 /// runtime; records are refused beyond it, the others are bounded by what they belong to.
 const RECORDS_WAITING_MAX: usize = 64;
-
-/// Headers of found blocks whose beginnings are copied at once, before they are checked.
-const HEADERS_AHEAD: usize = 16;
 
 /// So many messages that give something back are sent before the daemon is rung for them.
 const GIVEN_BACK_MAX: u32 = 256;
@@ -107,16 +103,16 @@ pub struct CachedBlock {
     pub tokens: u32,
     /// Whether those are all that the block has.
     pub is_whole: bool,
-    /// The bytes; dropping the last clone returns the pin.
-    pub frame: Arc<FrameSpan>,
-    /// CRC32C of each packed row.
-    pub checksums: RowChecksums,
+    /// The bytes; dropping the last of an answer returns the pins.
+    pub frame: FoundFrame,
     /// How it was computed.
     pub variant: Variant,
     /// With which arithmetic.
     pub numerics: NumericsTag,
     /// Where it was when the lookup came.
     pub tier: Tier,
+    /// Place of the frame in the region, for logs and tests.
+    pub handle: FrameHandle,
 }
 
 /// What happened since the last poll.
@@ -124,7 +120,7 @@ pub struct CachedBlock {
 pub enum CacheEvent {
     /// A daemon is there; lookups work from now on.
     Attached,
-    /// It is gone: spans are invalid, open lookups, commits and questions will not be answered.
+    /// It is gone: frames are invalid, open lookups, commits and questions will not be answered.
     Detached,
     /// Answer of a lookup.
     Found {
@@ -176,13 +172,13 @@ pub struct QuestionId(u64);
 /// A free frame that this runtime may fill. Dropping it without a commit gives it back.
 #[derive(Debug)]
 pub struct FreeFrame {
-    span: Arc<FrameSpan>,
+    frame: Arc<GrantedFrame>,
 }
 
 impl FreeFrame {
     /// Where a backend's copier writes; may outlive this value.
-    pub fn bytes(&self) -> Arc<FrameSpan> {
-        self.span.clone()
+    pub fn bytes(&self) -> Arc<dyn WriteFrame> {
+        self.frame.clone()
     }
 }
 
@@ -356,10 +352,10 @@ impl CacheClient {
     #[expect(clippy::needless_pass_by_value, reason = "a frame can be committed once")]
     pub fn commit(&mut self, frame: FreeFrame, block: NewBlock) -> Result<CommitId, Unavailable> {
         let attachment = self.attachment.as_mut().ok_or(Unavailable)?;
-        if !Arc::ptr_eq(frame.span.life(), &attachment.life) {
+        if !Arc::ptr_eq(frame.frame.life(), &attachment.life) {
             return Err(Unavailable); // Taken under an earlier attachment.
         }
-        let handle = frame.span.handle();
+        let handle = frame.frame.handle();
         let header = BlockHeader {
             key: BlockKey::child(&block.parent, &block.tokens),
             parent: block.parent,
@@ -372,7 +368,7 @@ impl CacheClient {
             checksums: block.checksums.to_vec(),
         };
         attachment.life.table.write_header(handle.frame, &header);
-        frame.span.set_committed();
+        frame.frame.set_committed();
         let ticket = self.ticket();
         self.send(Pending::Plain(Submission::Commit { handle, ticket: Ticket(ticket) }))?;
         Ok(CommitId(ticket))
@@ -664,52 +660,58 @@ impl Attachment {
         }
         // SYNC frame-taken: the daemon that finds this frame without us lets it rest.
         table.taken(frame).store(handle.generation.0, Ordering::Release);
-        Ok(Some(FreeFrame { span: FrameSpan::granted(&self.life, handle) }))
+        Ok(Some(FreeFrame { frame: GrantedFrame::new(&self.life, handle) }))
     }
 
-    /// Checks found blocks against what was asked. Each pin is taken over first, so that whatever
-    /// is rejected is given back. Second: how many were rejected.
+    /// Checks found blocks against what was asked; pins of those that are rejected go back. Second: how many
+    /// were.
     fn check_blocks(
         &self,
         asked: Option<&Asked>,
         found: &[FoundBlock],
     ) -> Result<(Vec<CachedBlock>, u32), DaemonError> {
-        let (mut blocks, mut rejected) = (Vec::with_capacity(found.len()), 0);
         for block in found {
             let frame = block.handle.frame;
             self.life.table.index(frame).ok_or(DaemonError::Frame(frame.0))?;
         }
         let Some(asked) = asked else {
             self.life.release_pins(found.iter().map(|block| block.handle));
-            return Ok((Vec::new(), rejected));
+            return Ok((Vec::new(), 0));
         };
-        let (mut copy, mut starts) = (Vec::new(), [[0; HEADER_FIXED_BYTES]; HEADERS_AHEAD]);
-        let rows = usize::from(self.life.table.geometry().present_count());
-        let mut checksums = Vec::with_capacity(rows * found.len());
-        for some in found.chunks(HEADERS_AHEAD) {
-            // Copied before any is looked at: the memory's delays overlap.
-            for (block, start) in some.iter().zip(&mut starts) {
-                *start = self.life.table.header_start(block.handle.frame);
-            }
-            for (block, start) in some.iter().zip(&starts) {
-                let span = FrameSpan::pinned(&self.life, block.handle);
-                match self.check_block(&asked.query, block, start, &mut copy, &mut checksums) {
-                    Ok(Some(right)) => blocks.push((right, span)),
-                    Ok(None) => {}
-                    Err(Rejected) => rejected += 1,
+        let count = found.len();
+        let (mut right, mut pinned) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let (mut unwanted, mut rejected, mut copy) = (Vec::new(), 0, Vec::new());
+        let last = found.iter().map(|block| block.index).max();
+        for block in found {
+            let ends = Some(block.index) == last;
+            match self.check_block(&asked.query, block, ends, &mut copy) {
+                Ok((tokens, pin)) if tokens > 0 => {
+                    right.push((block, tokens));
+                    pinned.push(pin);
+                }
+                Ok(_) => unwanted.push(block.handle),
+                Err(Rejected) => {
+                    unwanted.push(block.handle);
+                    rejected += 1;
                 }
             }
         }
-        let checksums: Arc<[u32]> = checksums.into();
-        let blocks = blocks.into_iter().enumerate().map(|(place, (right, frame))| CachedBlock {
-            index: right.index,
-            tokens: right.tokens,
-            is_whole: right.is_whole,
-            frame,
-            checksums: RowChecksums::part(&checksums, rows * place..rows * (place + 1)),
-            variant: right.variant,
-            numerics: right.numerics,
-            tier: right.tier,
+        if !unwanted.is_empty() {
+            self.life.release_pins(unwanted.into_iter());
+        }
+        let frames = Arc::new(PinnedFrames::new(&self.life, pinned));
+        let blocks = right.into_iter().enumerate().map(|(place, (block, tokens))| {
+            let Pinned { variant, numerics, token_count, .. } = frames.blocks[place];
+            CachedBlock {
+                index: block.index,
+                tokens: tokens.into(),
+                is_whole: tokens == token_count,
+                frame: FoundFrame::new(frames.clone(), place),
+                variant,
+                numerics,
+                tier: block.tier,
+                handle: block.handle,
+            }
         });
         let mut blocks: Vec<CachedBlock> = blocks.collect();
         // Of several open children (a tail, or a block that goes on differently) the one that helps most.
@@ -718,46 +720,34 @@ impl Attachment {
         Ok((blocks, rejected))
     }
 
-    /// `None`: a child of the chain's last block that goes on with other tokens. Else its rows' checksums are
-    /// added to `checksums`.
+    /// Leading tokens that are the query's own, and what the frame has to hold; no tokens: a child of the
+    /// chain's last block that goes on with others. `ends`: no block of the answer comes after it.
     fn check_block(
         &self,
         query: &Query,
         block: &FoundBlock,
-        start: &[u8; HEADER_FIXED_BYTES],
+        ends: bool,
         copy: &mut Vec<u8>,
-        checksums: &mut Vec<u32>,
-    ) -> Result<Option<RightBlock>, Rejected> {
-        let table = &self.life.table;
-        let word = table.state(block.handle.frame).map_err(|_| Rejected)?;
-        if word.generation != block.handle.generation || word.state != FrameState::Pinned {
-            return Err(Rejected);
-        }
-        let index = block.index as usize;
+    ) -> Result<(u16, Pinned), Rejected> {
+        let FoundBlock { index, handle, .. } = *block;
+        let index = index as usize;
         if index > query.keys.len() || index > SEQUENCE_KEYS_MAX as usize {
             return Err(Rejected);
         }
+        let table = &self.life.table;
         let tokens_per_block = table.geometry().tokens_per_block();
-        // The rule: the very block that was asked for. All that is relied on is compared, so that neither the
-        // tokens, half of the header, nor its checksum have to be fetched from memory.
-        let summary = HeaderSummary::decode(start).map_err(|_| Rejected)?;
-        let is_own = matches!(query.accept, Accept::Own { .. });
-        if is_own && query.keys.get(index) == Some(&summary.key) {
-            let HeaderSummary { root, variant, numerics, generation, token_count, .. } = summary;
-            let is_right = root == query.start.root_of(index)
-                && query.accept.takes(&variant, &numerics)
-                && generation == block.handle.generation
-                && token_count == tokens_per_block;
-            if !is_right {
-                return Err(Rejected);
-            }
-            table.row_checksums(block.handle.frame, copy);
-            checksums.extend(words(copy));
-            let (index, tier) = (block.index, block.tier);
-            let tokens = tokens_per_block.into();
-            return Ok(Some(RightBlock { index, tokens, is_whole: true, variant, numerics, tier }));
+        // Only where a chain ends may it go on with a block that shares but some tokens. Any other has to be the
+        // one that was asked for. Whether it is, the copier sees when it reads the header with the rows'
+        // checksums: memory is not fetched for it in an engine's step.
+        if !ends
+            && let (Some(key), Accept::Own { variant, numerics }) =
+                (query.keys.get(index), query.accept)
+        {
+            let token_count = tokens_per_block;
+            let pinned = Pinned { handle, key: *key, variant, numerics, token_count };
+            return Ok((tokens_per_block, pinned));
         }
-        let header = table.header_view(block.handle, copy).map_err(|_| Rejected)?;
+        let header = table.header_view(handle, copy).map_err(|_| Rejected)?;
         let (variant, numerics) = (header.variant().map_err(|_| Rejected)?, header.numerics());
         let is_acceptable = query.accept.takes(&variant, &numerics);
         if !is_acceptable || header.root() != query.start.root_of(index) {
@@ -769,29 +759,10 @@ impl Attachment {
         let start = index * usize::from(tokens_per_block);
         let asked = query.tokens.get(start..).ok_or(Rejected)?;
         // Parent and tokens are what the key stands for: it need not be computed again.
-        let tokens = header.tokens_shared(asked);
-        if tokens == 0 {
-            return Ok(None);
-        }
-        checksums.extend(header.checksums());
-        let is_whole = tokens == header.tokens().len();
-        let (index, tokens, tier) = (block.index, tokens as u32, block.tier);
-        Ok(Some(RightBlock { index, tokens, is_whole, variant, numerics, tier }))
+        let tokens = header.tokens_shared(asked) as u16;
+        let token_count = header.tokens().len() as u16;
+        Ok((tokens, Pinned { handle, key: header.key(), variant, numerics, token_count }))
     }
-}
-
-fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u32> {
-    bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-}
-
-/// As [`CachedBlock`], without the bytes.
-struct RightBlock {
-    index: u32,
-    tokens: u32,
-    is_whole: bool,
-    variant: Variant,
-    numerics: NumericsTag,
-    tier: Tier,
 }
 
 /// Whether the daemon may read it at its leisure: with the next message that asks for something, or when it looks

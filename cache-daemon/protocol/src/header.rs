@@ -147,39 +147,6 @@ impl BlockHeader {
     }
 }
 
-/// What a reader that knows which block it wants has to compare, of a header whose checksum it does not
-/// check: the tokens, half of the bytes, need not be fetched.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeaderSummary {
-    /// See [`BlockHeader::key`]. It stands for parent and tokens: who entered the block has checked that.
-    pub key: BlockKey,
-    /// See [`BlockHeader::root`].
-    pub root: RootKey,
-    /// See [`BlockHeader::variant`].
-    pub variant: Variant,
-    /// See [`BlockHeader::numerics`].
-    pub numerics: NumericsTag,
-    /// See [`BlockHeader::generation`].
-    pub generation: Generation,
-    /// How many tokens it holds.
-    pub token_count: u16,
-}
-
-impl HeaderSummary {
-    /// Reads a private copy of a header's first bytes.
-    pub fn decode(bytes: &[u8; HEADER_FIXED_BYTES]) -> Result<Self, HeaderError> {
-        LayoutVersion::try_from(u32_at(bytes, AT_VERSION))?;
-        Ok(Self {
-            key: BlockKey(array_at(bytes, AT_KEY)),
-            root: RootKey(array_at(bytes, AT_ROOT)),
-            variant: Variant::decode(&array_at(bytes, AT_VARIANT))?,
-            numerics: NumericsTag(array_at(bytes, AT_NUMERICS)),
-            generation: Generation(u32_at(bytes, AT_GENERATION)),
-            token_count: u16_at(bytes, AT_TOKEN_COUNT),
-        })
-    }
-}
-
 /// A private copy of header bytes whose checksum, version and counts are right, read in place.
 #[derive(Debug, Clone, Copy)]
 pub struct HeaderView<'a> {
@@ -221,6 +188,11 @@ impl<'a> HeaderView<'a> {
             tokens: &tokens[..4 * token_count],
             checksums: &rest[..4 * usize::from(rows)],
         })
+    }
+
+    /// See [`BlockHeader::key`].
+    pub fn key(&self) -> BlockKey {
+        BlockKey(array_at(self.bytes, AT_KEY))
     }
 
     /// See [`BlockHeader::parent`].
@@ -272,7 +244,7 @@ impl<'a> HeaderView<'a> {
     pub fn decode(&self) -> Result<BlockHeader, HeaderError> {
         let tokens: Vec<u32> = self.tokens().collect();
         let parent = self.parent();
-        let key = BlockKey(array_at(self.bytes, AT_KEY));
+        let key = self.key();
         let computed = BlockKey::child(&parent, &tokens);
         if key != computed {
             return Err(HeaderError::Key { found: key, computed });

@@ -6,7 +6,7 @@ use crate::doorbell::DoorbellWord;
 use crate::frame::{FrameError, FrameIndex, FrameState, FrameWord, Generation, Owner};
 use crate::geometry::{GEOMETRY_BYTES, Geometry, GeometryError};
 use crate::handshake::ClientToken;
-use crate::header::{BlockHeader, HEADER_FIXED_BYTES, HeaderError, HeaderView};
+use crate::header::{BlockHeader, HeaderError, HeaderView};
 use crate::key::{Fingerprint, KEY_BYTES};
 use crate::layout::{
     ARENA_BYTES, ATTACHMENTS_MAX, AttachmentId, AttachmentLayout, COMPLETION_ENTRIES,
@@ -381,22 +381,6 @@ impl FrameTable {
             });
         }
         Ok(header)
-    }
-
-    /// A private copy of a header's first bytes, for a [`HeaderSummary`](crate::header::HeaderSummary).
-    pub fn header_start(&self, frame: FrameIndex) -> [u8; HEADER_FIXED_BYTES] {
-        let mut start = [0; HEADER_FIXED_BYTES];
-        self.region.copy_out(self.layout.header(frame), &mut start);
-        start
-    }
-
-    /// A private copy of a header's CRC32Cs of the rows, each four bytes: wrong ones show when the rows are
-    /// compared with them.
-    pub fn row_checksums(&self, frame: FrameIndex, copy: &mut Vec<u8>) {
-        let tokens_bytes = 4 * u64::from(self.geometry().tokens_per_block());
-        copy.resize(4 * usize::from(self.geometry().present_count()), 0);
-        let at = self.layout.header(frame) + HEADER_FIXED_BYTES as u64 + tokens_bytes;
-        self.region.copy_out(at, copy);
     }
 
     /// Copies payload out of a frame. Panics outside the frame.

@@ -17,7 +17,6 @@ use kv_protocol::message::CommitOutcome;
 use kv_protocol::start::{Shared, Start};
 use kv_protocol::table::RegionView;
 use kv_protocol::{BlockKey, ConversationId, Dtype, Fingerprint, Geometry, Record, RootKey};
-use runtime::batch::FrameBytes;
 use runtime::cache_client::{
     Accept, CacheClient, CacheConfig, CacheEvent, CachedBlock, Doorbell, FreeFrame, Hint,
     MissReason, NewBlock, NumericsTag, Query, SequenceTag, Tier, Variant,
@@ -504,10 +503,11 @@ impl Driver {
     /// and the bytes are not those that its key gives.
     pub fn are_as_stored(&self, tokens: &[u32], block: &CachedBlock) -> bool {
         let tokens_per_block = usize::from(self.geometry.tokens_per_block());
+        let Some(checksums) = block.frame.checksums() else { return false };
         let mut bytes = vec![0; self.geometry.payload_bytes() as usize];
         block.frame.read(0, &mut bytes);
         let rows = bytes.chunks(self.geometry.row_bytes() as usize);
-        if rows.zip(block.checksums.iter()).any(|(row, crc)| crc32c::crc32c(row) != *crc) {
+        if rows.zip(&checksums).any(|(row, crc)| crc32c::crc32c(row) != *crc) {
             return false;
         }
         // A block whose tokens are all ours has the bytes that its key gives.

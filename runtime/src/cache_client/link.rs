@@ -22,7 +22,7 @@ use rustix::net::{
 };
 
 use super::bell::Waker;
-use super::span::AttachmentLife;
+use super::frames::AttachmentLife;
 
 /// First pause after a failed attach; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(5);

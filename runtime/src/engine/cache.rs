@@ -7,32 +7,11 @@ use std::sync::Arc;
 
 use kv_protocol::message::CommitOutcome;
 
-use crate::batch::{FrameBytes, RowChecksums};
+use crate::batch::WriteFrame;
 use crate::cache_client::{
     Accept, CacheClient, CacheEvent, CachedBlock, ConversationId, FreeFrame, Hint, MissReason,
-    NewBlock, NumericsTag, Query, QuestionId, SequenceTag, Start, Tier, Unavailable, Variant,
+    NewBlock, Query, QuestionId, SequenceTag, Start, Unavailable,
 };
-
-/// A block pinned in a frame. Dropping it returns the pin.
-#[derive(Debug, Clone)]
-pub struct HostBlock {
-    /// Place in the chain.
-    pub index: u32,
-    /// Leading tokens that are the asker's own: a whole block, or fewer where the chain ends.
-    pub tokens: u32,
-    /// Whether those are all that the block has.
-    pub is_whole: bool,
-    /// The bytes.
-    pub frame: Arc<dyn FrameBytes>,
-    /// CRC32C of each packed row.
-    pub checksums: RowChecksums,
-    /// How it was computed.
-    pub variant: Variant,
-    /// With which arithmetic.
-    pub numerics: NumericsTag,
-    /// Where it was when it was asked for.
-    pub tier: Tier,
-}
 
 /// What a waiting sequence would like to read.
 #[derive(Debug, Clone)]
@@ -59,7 +38,7 @@ pub enum Event<Q> {
         /// Whose.
         tag: SequenceTag,
         /// In frames now.
-        blocks: Vec<HostBlock>,
+        blocks: Vec<CachedBlock>,
         /// On their way; `Promoted` follows if not 0.
         on_disk: u32,
         /// Why the chain ends early.
@@ -70,7 +49,7 @@ pub enum Event<Q> {
         /// Whose.
         tag: SequenceTag,
         /// Arrived.
-        blocks: Vec<HostBlock>,
+        blocks: Vec<CachedBlock>,
         /// Why one did not.
         miss: Option<MissReason>,
     },
@@ -100,7 +79,7 @@ pub trait Cache: Send {
     /// The sequence asks for no more.
     fn end(&mut self, tag: SequenceTag);
     /// A free frame, and its bytes.
-    fn take_frame(&mut self) -> Option<(Self::Free, Arc<dyn FrameBytes>)>;
+    fn take_frame(&mut self) -> Option<(Self::Free, Arc<dyn WriteFrame>)>;
     /// Gives a filled frame away.
     fn commit(&mut self, frame: Self::Free, block: NewBlock) -> Result<(), Unavailable>;
     /// Stores a conversation record, best effort.
@@ -109,25 +88,6 @@ pub trait Cache: Send {
     fn get_conversation(&mut self, id: ConversationId) -> Result<Self::Question, Unavailable>;
     /// The next event, if any.
     fn poll(&mut self) -> Option<Event<Self::Question>>;
-}
-
-impl From<CachedBlock> for HostBlock {
-    fn from(block: CachedBlock) -> Self {
-        Self {
-            index: block.index,
-            tokens: block.tokens,
-            is_whole: block.is_whole,
-            frame: block.frame,
-            checksums: block.checksums,
-            variant: block.variant,
-            numerics: block.numerics,
-            tier: block.tier,
-        }
-    }
-}
-
-fn host_blocks(blocks: Vec<CachedBlock>) -> Vec<HostBlock> {
-    blocks.into_iter().map(HostBlock::from).collect()
 }
 
 impl Cache for CacheClient {
@@ -156,7 +116,7 @@ impl Cache for CacheClient {
         CacheClient::end(self, tag);
     }
 
-    fn take_frame(&mut self) -> Option<(FreeFrame, Arc<dyn FrameBytes>)> {
+    fn take_frame(&mut self) -> Option<(FreeFrame, Arc<dyn WriteFrame>)> {
         let frame = CacheClient::take_frame(self)?;
         let bytes = frame.bytes();
         Some((frame, bytes))
@@ -179,10 +139,10 @@ impl Cache for CacheClient {
             CacheEvent::Attached => Event::Attached,
             CacheEvent::Detached => Event::Detached,
             CacheEvent::Found { sequence, blocks, on_disk, miss } => {
-                Event::Found { tag: sequence, blocks: host_blocks(blocks), on_disk, miss }
+                Event::Found { tag: sequence, blocks, on_disk, miss }
             }
             CacheEvent::Promoted { sequence, blocks, miss } => {
-                Event::Promoted { tag: sequence, blocks: host_blocks(blocks), miss }
+                Event::Promoted { tag: sequence, blocks, miss }
             }
             CacheEvent::Committed { outcome, .. } => Event::Committed(outcome),
             CacheEvent::Conversation { question, record } => Event::Conversation(question, record),

@@ -19,13 +19,13 @@ use crate::account::Withheld;
 use crate::adaskip::policy::Reuse;
 use crate::batch::{BlockId, LoadBlock, LoadId, LoadPlan, SequenceId};
 use crate::block_pool::Origin;
-use crate::cache_client::{Accept, Hint, MissReason, SequenceTag, Start, Tier};
+use crate::cache_client::{Accept, CachedBlock, Hint, MissReason, SequenceTag, Start, Tier};
 use crate::overlap::Rates;
 use crate::request::CachedTokens;
 use crate::scheduler::State;
 use crate::sequence::{Accounting, Gate, Offer, Offered, Placement, Sequence};
 
-use super::cache::{Cache, HostBlock, Wanted};
+use super::cache::{Cache, Wanted};
 use super::saves::Labels;
 use super::{Engine, Flight};
 
@@ -37,7 +37,7 @@ const HINTS_AGAIN_MAX: usize = 32;
 pub struct Ask {
     sequence: SequenceId,
     /// What was found, by place.
-    blocks: Vec<HostBlock>,
+    blocks: Vec<CachedBlock>,
     /// Blocks on their way from disk; not known before the first answer.
     on_disk: Option<u32>,
     /// Of those, the tokens that are waited for, and since when.
@@ -51,7 +51,7 @@ pub struct Load {
     /// Full blocks with their place in the chain, and the tail's with none.
     blocks: Vec<(BlockId, Option<u32>)>,
     origins: Vec<Origin>,
-    _pins: Vec<HostBlock>,
+    _pins: Vec<CachedBlock>,
     tokens: u32,
     started: Duration,
 }
@@ -175,7 +175,7 @@ impl<C: Cache> Engine<C> {
     pub(super) fn found(
         &mut self,
         tag: SequenceTag,
-        blocks: Vec<HostBlock>,
+        blocks: Vec<CachedBlock>,
         on_disk: u32,
         miss: Option<MissReason>,
     ) {
@@ -203,7 +203,7 @@ impl<C: Cache> Engine<C> {
     pub(super) fn promoted(
         &mut self,
         tag: SequenceTag,
-        blocks: Vec<HostBlock>,
+        blocks: Vec<CachedBlock>,
         miss: Option<MissReason>,
     ) {
         let (now, size) = ((self.clock)(), self.state.pool.tokens_per_block());
@@ -222,7 +222,7 @@ impl<C: Cache> Engine<C> {
     }
 
     /// Offers a waiting sequence what is in frames for it.
-    fn offer(&mut self, tag: SequenceTag, blocks: Vec<HostBlock>) -> Option<&mut Sequence> {
+    fn offer(&mut self, tag: SequenceTag, blocks: Vec<CachedBlock>) -> Option<&mut Sequence> {
         let tokens_per_block = self.state.pool.tokens_per_block();
         let ask = self.histories.asks.get_mut(&tag)?;
         let sequence = self.state.waiting_mut(ask.sequence)?;
@@ -296,11 +296,7 @@ impl<C: Cache> Engine<C> {
                 }
                 held.push((block, (tokens == size).then_some(index)));
                 origins.push(self.labels.origin(&found.variant, &found.numerics));
-                plan.push(LoadBlock {
-                    frame: found.frame.clone(),
-                    block,
-                    checksums: found.checksums.clone(),
-                });
+                plan.push(LoadBlock { frame: found.frame.clone(), block });
             }
             let present_layers = self.state.sets.present_layers.clone();
             self.backend.load(LoadPlan { id: load, blocks: plan, present_layers });

@@ -21,7 +21,6 @@ use anyhow::{Context as _, ensure};
 use colloquy_tests::figures::{cpu_name, figure, quantile, write_raw};
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::{Dtype, Fingerprint, Geometry, RootKey};
-use runtime::batch::FrameBytes;
 use runtime::cache_client::{
     Accept, CacheClient, CacheConfig, CacheEvent, Doorbell, Hint, NewBlock, NumericsTag, Query,
     SequenceTag, Variant,

@@ -111,11 +111,9 @@ fn fill(dir: &Path, conversations: usize, disk_bytes: u64) -> anyhow::Result<()>
                     NewBlock { geometry: &geometry, header, order, payload: &zeros }
                 })
                 .collect();
-            for result in tier.write(&blocks) {
-                if let Err(failure) = result {
-                    bail!("a block was not written: {failure:?}");
-                }
-            }
+            let mut failures = Vec::new();
+            tier.write(&blocks, &mut |_, result| failures.extend(result.err()));
+            ensure!(failures.is_empty(), "blocks were not written: {failures:?}");
             written += headers.len();
             headers.clear();
             if (written / GROUP_BLOCKS).is_multiple_of(64) {

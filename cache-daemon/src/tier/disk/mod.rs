@@ -44,9 +44,9 @@ use crate::tombstone::Tombstone;
 pub const READS_AT_ONCE: usize = 8;
 /// Threads that read: while some check what came, the drive has others' reads to do.
 pub const READERS: usize = READS_AT_ONCE + READS_AT_ONCE / 2;
-/// Blocks written as one group, with one sync of a file and one of the index's log: some milliseconds, beside
-/// the forty that 16 blocks of 8 MB take. They stay in their frames meanwhile, so a group costs no memory.
-pub const GROUP_MAX: usize = 16;
+/// Blocks written as one group: the drive has something to do from its first to its last. They stay in their
+/// frames meanwhile, so a group costs no memory.
+pub const GROUP_MAX: usize = 64;
 /// Jobs that may wait for the writer, and for the readers.
 pub const JOBS_MAX: usize = 256;
 /// Blocks that a store being opened hands over at once, and parts that may wait for the loop: a million
@@ -248,8 +248,9 @@ pub trait DiskTier: Send + Sync {
         block: &mut dyn FnMut(StoredBlock),
         conversation: &mut dyn FnMut(StoredConversation),
     ) -> Result<u64, DiskError>;
-    /// Stores blocks, each whole or not at all; one result a block.
-    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>>;
+    /// Stores blocks, each whole or not at all. The outcome of each is told as soon as it is known, with the
+    /// block's place among `blocks`, in any order.
+    fn write(&self, blocks: &[NewBlock<'_>], tell: &mut dyn FnMut(usize, Result<(), WriteFailure>));
     /// Fills `payload` and gives the header back, if there is such a block of that shape. The rows are the
     /// caller's to check, and so is who the block is; after an error `payload` holds anything.
     fn read(
@@ -699,10 +700,7 @@ impl Group {
                 report(Done::Maintained { what, error, usage });
             }
         }
-        let results = write_blocks(store, &self.writes);
-        for (job, result) in self.writes.into_iter().zip(results) {
-            report(Done::Written { key: job.key, frame: job.handle.frame, result });
-        }
+        write_blocks(store, &self.writes, report);
         if let Some(job) = self.last {
             report(perform(job, tier));
         }
@@ -718,10 +716,8 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
         usage: tier.usage(),
     };
     match job {
-        Job::Write { key, handle, table, order } => {
-            let frame = handle.frame;
-            let mut results = write_blocks(tier, &[WriteJob { key, handle, table, order }]);
-            Done::Written { key, frame, result: results.remove(0) }
+        Job::Write { key, handle, .. } => {
+            unreachable!("a write of {key} from {handle:?} is part of a group")
         }
         Job::Read { key, root, handle, table } => Done::Read {
             key,
@@ -784,25 +780,26 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
 }
 
 /// Stores what frames hold, if it is what their headers vouch for.
-fn write_blocks(tier: &dyn DiskTier, jobs: &[WriteJob]) -> Vec<Result<(), WriteFailure>> {
-    let right = |job: &WriteJob| {
-        let mut header = job.table.header(job.handle).ok()?;
-        header.generation = Generation(0);
-        (header.key == job.key).then(|| (header, job.table.payload(job.handle.frame)))
+fn write_blocks(tier: &dyn DiskTier, jobs: &[WriteJob], report: &impl Fn(Done)) {
+    let tell = |job: &WriteJob, result| {
+        report(Done::Written { key: job.key, frame: job.handle.frame, result });
     };
-    let found: Vec<Option<(BlockHeader, Span)>> = jobs.iter().map(right).collect();
-    let mut blocks = Vec::new();
-    for (job, found) in jobs.iter().zip(&found) {
-        let Some((header, payload)) = found else { continue };
+    let mut found: Vec<(&WriteJob, BlockHeader, Span)> = Vec::new();
+    for job in jobs {
+        match job.table.header(job.handle) {
+            Ok(mut header) if header.key == job.key => {
+                header.generation = Generation(0);
+                found.push((job, header, job.table.payload(job.handle.frame)));
+            }
+            _ => tell(job, Err(WriteFailure::Checksum)),
+        }
+    }
+    let mut blocks = Vec::with_capacity(found.len());
+    for (job, header, payload) in &found {
         let (geometry, order) = (job.table.geometry(), job.order);
         blocks.push(NewBlock { geometry, header, order, payload });
     }
-    let mut results = tier.write(&blocks).into_iter();
-    let result = |found: &Option<_>| match found {
-        Some(_) => results.next().expect("one result a block"),
-        None => Err(WriteFailure::Checksum),
-    };
-    found.iter().map(result).collect()
+    tier.write(&blocks, &mut |number, result| tell(found[number].0, result));
 }
 
 /// Reads a block straight into a granted frame, header last. Until the loop publishes the frame, and after

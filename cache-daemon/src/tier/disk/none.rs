@@ -19,8 +19,12 @@ impl DiskTier for NoDisk {
         Ok(0)
     }
 
-    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
-        blocks.iter().map(|_| Err(WriteFailure::Disk(DiskError::Absent))).collect()
+    fn write(
+        &self,
+        blocks: &[NewBlock<'_>],
+        tell: &mut dyn FnMut(usize, Result<(), WriteFailure>),
+    ) {
+        (0..blocks.len()).for_each(|at| tell(at, Err(WriteFailure::Disk(DiskError::Absent))));
     }
 
     fn read(

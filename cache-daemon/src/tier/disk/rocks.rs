@@ -196,8 +196,12 @@ impl DiskTier for RocksTier {
         Ok(corrupt.len() as u64 + records)
     }
 
-    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
-        blocks.iter().map(|block| self.write_one(block)).collect()
+    fn write(
+        &self,
+        blocks: &[NewBlock<'_>],
+        tell: &mut dyn FnMut(usize, Result<(), WriteFailure>),
+    ) {
+        blocks.iter().enumerate().for_each(|(at, block)| tell(at, self.write_one(block)));
     }
 
     /// Through a copy of RocksDB's own.

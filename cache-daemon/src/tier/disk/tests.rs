@@ -69,7 +69,11 @@ pub fn write_all(
             payload,
         })
         .collect();
-    tier.write(&blocks).iter().map(Result::is_ok).collect()
+    let mut stored = vec![None; blocks.len()];
+    tier.write(&blocks, &mut |at, result| {
+        assert_eq!(stored[at].replace(result.is_ok()), None, "block {at} is told of once");
+    });
+    stored.into_iter().map(|stored| stored.expect("each block is told of")).collect()
 }
 
 /// As the daemon reads: everything about the bytes is checked.

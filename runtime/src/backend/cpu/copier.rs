@@ -109,6 +109,7 @@ struct Load {
     plan: LoadPlan,
     gate: Arc<Gate>,
     row: usize,
+    checksums: Vec<Vec<u32>>, // Of each block's rows, from the first row on.
 }
 
 struct Save {
@@ -153,7 +154,9 @@ impl Copier {
                 }
                 for command in state.commands.drain(..) {
                     match command {
-                        Command::Load(plan, gate) => loads.push_back(Load { plan, gate, row: 0 }),
+                        Command::Load(plan, gate) => {
+                            loads.push_back(Load { plan, gate, row: 0, checksums: Vec::new() });
+                        }
                         Command::Save(plan, after, gate) => {
                             saves.push_back(Save { plan, gate, after, checksums: Vec::new() });
                         }
@@ -192,24 +195,32 @@ impl Copier {
         let plan = &load.plan;
         let rows = plan.present_layers.len();
         let layer = plan.present_layers.get(load.row).map_or(self.layers, |&layer| layer.into());
+        let fail = || {
+            load.gate.fail();
+            self.tell(BackendEvent::LoadFailed(plan.id));
+            true
+        };
         if load.row == 0 {
             load.gate.open_to(layer); // Layers that no frame holds are not waited for.
+            let Some(all) = plan.blocks.iter().map(|block| block.frame.checksums()).collect()
+            else {
+                return fail();
+            };
+            load.checksums = all;
         }
         if load.row == rows {
             self.tell(BackendEvent::Loaded(plan.id));
             return true;
         }
         self.probe.before_load_layer(plan.id, layer);
-        for block in &plan.blocks {
+        for (block, checksums) in plan.blocks.iter().zip(&load.checksums) {
             // SAFETY: rows that wait for this load do not touch its blocks before the gate opens,
             // and nobody else names them (contract of `Backend::load` in batch.rs).
             let row = unsafe { self.blocks.row_mut(layer, block.block.0 as usize) };
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(row);
             block.frame.read(load.row * bytes.len(), bytes);
-            if block.checksums.get(load.row) != Some(&crc32c::crc32c(bytes)) {
-                load.gate.fail();
-                self.tell(BackendEvent::LoadFailed(plan.id));
-                return true;
+            if checksums.get(load.row) != Some(&crc32c::crc32c(bytes)) {
+                return fail();
             }
         }
         load.row += 1;

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::{CpuBackend, CpuBackendError, CpuOptions, NoProbe, Probe};
 use crate::adaskip::SkipSet;
 use crate::batch::{
-    Backend, BackendEvent, Batch, BlockId, FrameBytes, LoadBlock, LoadId, LoadPlan, Phase, Row,
-    RowOutput, Sampling, SaveId, SavePlan, SequenceId, StepId, StepOutput,
+    Backend, BackendEvent, Batch, BlockId, FoundFrame, LoadBlock, LoadId, LoadPlan, Phase,
+    ReadFrames, Row, RowOutput, Sampling, SaveId, SavePlan, SequenceId, StepId, StepOutput,
+    WriteFrame,
 };
 use crate::weights::{gguf::Model, random::write_tiny_gguf};
 
@@ -141,12 +142,23 @@ impl Frame {
     }
 }
 
-impl FrameBytes for Frame {
-    fn read(&self, offset: usize, to: &mut [u8]) {
-        to.copy_from_slice(&self.0.lock().unwrap()[offset..offset + to.len()]);
-    }
+impl WriteFrame for Frame {
     fn write(&self, offset: usize, from: &[u8]) {
         self.0.lock().unwrap()[offset..offset + from.len()].copy_from_slice(from);
+    }
+}
+
+/// Frames that were saved, with their checksums.
+#[derive(Debug)]
+struct Saved(Vec<(Arc<Frame>, Arc<[u32]>)>);
+
+impl ReadFrames for Saved {
+    fn checksums(&self, place: usize) -> Option<Vec<u32>> {
+        Some(self.0[place].1.to_vec())
+    }
+
+    fn read(&self, place: usize, offset: usize, to: &mut [u8]) {
+        to.copy_from_slice(&self.0[place].0.0.lock().unwrap()[offset..offset + to.len()]);
     }
 }
 
@@ -172,10 +184,10 @@ fn save(harness: &mut Harness, blocks: std::ops::Range<u32>) -> Vec<(Arc<Frame>,
 }
 
 fn load_plan(id: u64, frames: &[(Arc<Frame>, Arc<[u32]>)], first_block: u32) -> LoadPlan {
-    let blocks = (first_block..).zip(frames).map(|(block, (frame, checksums))| LoadBlock {
-        frame: Arc::clone(frame) as Arc<dyn FrameBytes>,
+    let saved = Arc::new(Saved(frames.to_vec()));
+    let blocks = (0..frames.len()).zip(first_block..).map(|(place, block)| LoadBlock {
+        frame: FoundFrame::new(saved.clone(), place),
         block: BlockId(block),
-        checksums: Arc::clone(checksums).into(),
     });
     LoadPlan { id: LoadId(id), blocks: blocks.collect(), present_layers: all_layers() }
 }
@@ -237,7 +249,7 @@ fn save_after_submit(harness: &mut Harness) -> Vec<(Arc<Frame>, Arc<[u32]>)> {
         harness.backend.save(SavePlan {
             id: SaveId(1000 + u64::from(block)),
             block: BlockId(block),
-            frame: Arc::clone(frame) as Arc<dyn FrameBytes>,
+            frame: Arc::clone(frame) as Arc<dyn WriteFrame>,
             present_layers: all_layers(),
         });
     }
@@ -366,6 +378,24 @@ fn a_failed_load_is_told_and_a_good_one_too() {
     let wrong = [(Arc::clone(&frames[0].0), Arc::from([1, 2, 3]))];
     harness.backend.load(load_plan(2, &wrong, 4));
     assert!(matches!(harness.next(), BackendEvent::LoadFailed(LoadId(2))));
+    let mut gone = load_plan(3, &frames, 5);
+    gone.blocks[0].frame = FoundFrame::new(Arc::new(Gone), 0);
+    harness.backend.load(gone);
+    assert!(matches!(harness.next(), BackendEvent::LoadFailed(LoadId(3))));
+}
+
+/// A frame that holds another block by now.
+#[derive(Debug)]
+struct Gone;
+
+impl ReadFrames for Gone {
+    fn checksums(&self, _place: usize) -> Option<Vec<u32>> {
+        None
+    }
+
+    fn read(&self, _place: usize, _offset: usize, to: &mut [u8]) {
+        to.fill(0);
+    }
 }
 
 #[test]

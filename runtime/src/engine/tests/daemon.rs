@@ -3,24 +3,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use kv_protocol::message::CommitOutcome;
-use kv_protocol::{BlockKey, MissReason};
+use kv_protocol::message::{CommitOutcome, FrameHandle};
+use kv_protocol::{BlockKey, FrameIndex, Generation, MissReason};
 
-use super::super::cache::{Cache, Event, HostBlock, Wanted};
-use crate::batch::FrameBytes;
+use super::super::cache::{Cache, Event, Wanted};
+use crate::batch::{FoundFrame, ReadFrames, WriteFrame};
 use crate::cache_client::{
-    ConversationId, Hint, NewBlock, NumericsTag, SequenceTag, Tier, Unavailable, Variant,
+    CachedBlock, ConversationId, Hint, NewBlock, NumericsTag, SequenceTag, Tier, Unavailable,
+    Variant,
 };
 
 /// A frame of bytes that the test may spoil at any time.
 #[derive(Debug)]
 pub struct ToyFrame(Mutex<Vec<u8>>);
 
-impl FrameBytes for ToyFrame {
-    fn read(&self, offset: usize, to: &mut [u8]) {
-        to.copy_from_slice(&self.0.lock().unwrap()[offset..offset + to.len()]);
-    }
-
+impl WriteFrame for ToyFrame {
     fn write(&self, offset: usize, from: &[u8]) {
         self.0.lock().unwrap()[offset..offset + from.len()].copy_from_slice(from);
     }
@@ -29,6 +26,16 @@ impl FrameBytes for ToyFrame {
 impl ToyFrame {
     fn spoil(&self) {
         self.0.lock().unwrap().iter_mut().for_each(|byte| *byte ^= 0x5A);
+    }
+}
+
+impl ReadFrames for Stored {
+    fn checksums(&self, _place: usize) -> Option<Vec<u32>> {
+        Some(self.checksums.to_vec())
+    }
+
+    fn read(&self, _place: usize, offset: usize, to: &mut [u8]) {
+        to.copy_from_slice(&self.frame.0.lock().unwrap()[offset..offset + to.len()]);
     }
 }
 
@@ -61,7 +68,7 @@ pub struct Daemon {
     blocks: HashMap<BlockKey, Stored>,
     records: HashMap<[u8; 32], Vec<u8>>,
     events: VecDeque<Event<u64>>,
-    promoting: VecDeque<(SequenceTag, Vec<HostBlock>)>,
+    promoting: VecDeque<(SequenceTag, Vec<CachedBlock>)>,
     next_question: u64,
 }
 
@@ -144,20 +151,21 @@ impl ToyCache {
     }
 }
 
-fn found(index: usize, wanted: &Wanted, stored: &Stored) -> Option<HostBlock> {
+fn found(index: usize, wanted: &Wanted, stored: &Stored) -> Option<CachedBlock> {
     let size = usize::from(wanted.tokens_per_block);
     let rest = &wanted.tokens[index * size..];
     let tokens = stored.tokens.iter().zip(rest).take_while(|(a, b)| a == b).count();
     let takes = wanted.accept.takes(&stored.variant, &stored.numerics);
-    (takes && tokens > 0).then(|| HostBlock {
+    let handle = FrameHandle { frame: FrameIndex(0), generation: Generation(0) };
+    (takes && tokens > 0).then(|| CachedBlock {
         index: index as u32,
         tokens: tokens as u32,
         is_whole: tokens == stored.tokens.len(),
-        frame: stored.frame.clone(),
-        checksums: stored.checksums.clone().into(),
+        frame: FoundFrame::new(Arc::new(stored.clone()), 0),
         variant: stored.variant,
         numerics: stored.numerics,
         tier: if stored.on_disk { Tier::Disk } else { Tier::Host },
+        handle,
     })
 }
 
@@ -215,7 +223,7 @@ impl Cache for ToyCache {
         self.wanted.remove(&tag);
     }
 
-    fn take_frame(&mut self) -> Option<(ToyFree, Arc<dyn FrameBytes>)> {
+    fn take_frame(&mut self) -> Option<(ToyFree, Arc<dyn WriteFrame>)> {
         let mut daemon = self.daemon.lock().unwrap();
         if !daemon.attached || daemon.frames == 0 {
             return None;

@@ -2,7 +2,7 @@
 //!
 //! Disk → Host means: read into a frame of a region, header and row checksums checked.
 //! A pass reads or writes as many blocks as the tier holds, each once, in random order; passes of all
-//! stores and of fio alternate, and each number is a median. Before a pass the page cache forgets the
+//! stores and of fio take turns, in another order each round, and each number is a median. Before a pass the page cache forgets the
 //! store's files: BlobDB and the files go through it. Writes count until they are durable. Raw passes
 //! go to `bench/results/disk.json`, the medians as a picture to `docs/disk-throughput.svg`.
 
@@ -42,6 +42,12 @@ const FIO: [(&str, Way); 3] =
 /// the drive rests meanwhile.
 const SLOW: &str = STORES[2];
 const SLOW_OVERWRITES: u64 = 2;
+/// So far the order turns from one round to the next: after eight rounds each of eight has had each place.
+const PLACES_A_ROUND: usize = 3;
+/// Written at once beside reads: a few, spread over the pass.
+const MIXED_GROUP: usize = 4;
+/// And where the tier is full, and small.
+const AMPLIFICATION_GROUP: usize = 16;
 /// The crate, in its own process. It reads the newer half of what it was given: it drops by whole regions.
 const FOYER: &str = "foyer";
 /// Kinds of passes.
@@ -65,7 +71,7 @@ struct Flags {
     #[arg(long, default_value_t = 10)]
     overwrites: u64,
     /// Passes a number.
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 8)]
     rounds: usize,
     /// MiB of the blocks.
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32")]
@@ -121,9 +127,8 @@ fn mixed_pass(store: &Store<'_>, dir: &Path, block: u64, seed: u64) -> anyhow::R
             let mut written = 0;
             while read.load(Ordering::Relaxed) < numbers.len() {
                 if 7 * written < 3 * read.load(Ordering::Relaxed) {
-                    let count = (GROUP_MAX / 4).max(1);
-                    store.write_group(count)?;
-                    written += count;
+                    store.write_group(MIXED_GROUP)?;
+                    written += MIXED_GROUP;
                 } else {
                     std::thread::yield_now();
                 }
@@ -201,8 +206,9 @@ fn throughput(
                 passes.entry((work, name)).or_default().push(rate);
             }
         }
-        // A drive that has rested is faster for a while: whoever went first goes last.
-        contenders.reverse();
+        // A drive that has rested is faster for a while: each has another place in every round.
+        let places = contenders.len();
+        contenders.rotate_left(PLACES_A_ROUND % places);
     }
     let names: Vec<_> = stores.iter().map(|(name, _)| *name).chain(foyer.map(|_| FOYER)).collect();
     drop((stores, peer));
@@ -234,8 +240,8 @@ fn amplification(flags: &Flags, dir: &Path, name: &str) -> anyhow::Result<(f64, 
     let total = overwrites * flags.amplification_mib * MIB;
     let (mut written, mut taken) = (0, 0);
     while written < total {
-        store.write_group(GROUP_MAX)?;
-        written += GROUP_MAX as u64 * blocks.bytes();
+        store.write_group(AMPLIFICATION_GROUP)?;
+        written += AMPLIFICATION_GROUP as u64 * blocks.bytes();
         taken = taken.max(allocated(&dir)?);
     }
     forget_cached(&dir)?; // What was put off counts.

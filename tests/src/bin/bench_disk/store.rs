@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use cache_daemon::shm::map;
 use cache_daemon::tier::disk::{
     DiskTier, Engine, GROUP_MAX, NewBlock, READERS, READS_AT_ONCE, check_rows, read_checked,
@@ -132,7 +132,7 @@ impl<'a> Store<'a> {
             Kind::Files(_) => STORED_PERCENT,
         };
         let live_max = (disk_bytes / 100 * percent / block_bytes) as usize;
-        ensure!(live_max > 2 * GROUP_MAX || blocks.bytes() > 8 << 20, "give --bytes more");
+        ensure!(live_max > 16, "give --mib more");
         Ok(Self { blocks, kind, live: Mutex::default(), next: Mutex::new(0), live_max })
     }
 
@@ -198,11 +198,9 @@ impl<'a> Store<'a> {
                 payload: self.blocks.payload(*number),
             })
             .collect();
-        for result in tier.write(&blocks) {
-            if let Err(failure) = result {
-                bail!("a block was not written: {failure:?}");
-            }
-        }
+        let mut failures = Vec::new();
+        tier.write(&blocks, &mut |_, result| failures.extend(result.err()));
+        ensure!(failures.is_empty(), "blocks were not written: {failures:?}");
         Ok(())
     }
 

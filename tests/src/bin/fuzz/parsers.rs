@@ -9,7 +9,6 @@ use cache_daemon::tier::remote::RemoteUrl;
 use cache_daemon::tombstone::Tombstone;
 use kv_protocol::geometry::{GEOMETRY_BYTES, LayerSet};
 use kv_protocol::handshake::{ClientToken, HELLO_BYTES, Hello, decode_answer};
-use kv_protocol::header::HeaderSummary;
 use kv_protocol::key::KEY_BYTES;
 use kv_protocol::message::{BlockList, Entry, FoundBlock, FrameHandle, KeyList, Tier};
 use kv_protocol::record::Record;
@@ -100,7 +99,6 @@ fn block_header(bytes: &[u8]) {
     const AT_CRC: usize = 12;
     let mut bytes = bytes.to_vec();
     bytes.truncate(BlockHeader::bytes(&shape()));
-    let _ = HeaderSummary::decode(&front(&bytes));
     seal(&mut bytes, AT_CRC);
     if let Ok(header) = BlockHeader::decode(&bytes, &shape()) {
         assert_eq!(header.key, BlockKey::child(&header.parent, &header.tokens));

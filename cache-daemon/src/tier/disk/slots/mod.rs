@@ -5,7 +5,7 @@
 //! A write, in this order; a crash between any two steps leaves the block whole or absent:
 //!  1. slots are taken;
 //!  2. header page and payload go into the slot, straight from the frame, several blocks at once;
-//!  3. fdatasync of each file touched, one for the whole group;
+//!  3. fdatasync of each file touched, one for many blocks, while others are at 2;
 //!  4. one index batch, its log synced. Only now is the block reported as written. Before 3, power
 //!     loss could leave an entry whose slot never reached the medium.
 //!
@@ -248,9 +248,13 @@ impl DiskTier for SlotTier {
         Ok(corrupt + records)
     }
 
-    fn write(&self, blocks: &[NewBlock<'_>]) -> Vec<Result<(), WriteFailure>> {
+    fn write(
+        &self,
+        blocks: &[NewBlock<'_>],
+        tell: &mut dyn FnMut(usize, Result<(), WriteFailure>),
+    ) {
         let _change = self.change();
-        self.write_group(blocks, Spare::Kept)
+        self.write_group(blocks, Spare::Kept, tell);
     }
 
     fn read(

@@ -63,7 +63,10 @@ impl SlotTier {
                 payload,
             })
             .collect();
-        for (live, result) in blocks.iter().zip(self.write_group(&new, Spare::Used)) {
+        let mut results = Vec::new();
+        self.write_group(&new, Spare::Used, &mut |at, result| results.push((at, result)));
+        for (at, result) in results {
+            let live = &blocks[at];
             match result {
                 Ok(()) => {}
                 Err(WriteFailure::Checksum) => {

@@ -1,10 +1,11 @@
 //! Writing blocks: the four steps of the module above, for a group of them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 
 use kv_protocol::{BlockKey, Geometry};
 
@@ -27,6 +28,9 @@ const SEGMENTS_MIN: u64 = 16;
 /// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
 /// blocks: as many as read.
 const WRITE_THREADS: usize = crate::tier::disk::READS_AT_ONCE;
+/// Blocks with one sync of each of their files, and one of the index's log: some milliseconds, beside the forty
+/// that 16 blocks of 8 MB take.
+const SYNCED_AT_ONCE: usize = 16;
 
 /// A slot taken for a block that is being written.
 pub struct Place {
@@ -169,82 +173,98 @@ impl SlotTier {
         })
     }
 
-    /// Steps 1 to 4 for a group of blocks. The caller excludes other changes.
+    /// Steps 1 to 4 for a group of blocks: while some are synced and entered, others are filled. The caller
+    /// excludes other changes.
     pub(super) fn write_group(
         &self,
         blocks: &[NewBlock<'_>],
         spare: Spare,
-    ) -> Vec<Result<(), WriteFailure>> {
+        tell: &mut dyn FnMut(usize, Result<(), WriteFailure>),
+    ) {
         if spare == Spare::Kept {
             let mut state = self.lock();
             state.writing_since = state.next_epoch + 1;
         }
-        // 1.
-        let mut taken: HashMap<BlockKey, SlotId> = HashMap::new();
-        let places: Vec<Result<Place, DiskError>> = blocks
-            .iter()
-            .map(|block| {
-                let parent = &block.header.parent;
-                let after = match taken.get(parent) {
-                    Some(at) => Some(*at),
-                    None => self.index.get(parent)?.map(|entry| entry.at),
-                };
-                let place = self.take(block, after, spare)?;
-                taken.insert(block.header.key, place.slot.at);
-                Ok(place)
-            })
-            .collect();
-        // 2.
+        let mut placed = Vec::new();
+        for (number, place) in self.take_places(blocks, spare).into_iter().enumerate() {
+            match place {
+                Ok(place) => placed.push((number, place)),
+                Err(error) => tell(number, Err(WriteFailure::Disk(error))),
+            }
+        }
         let next = AtomicUsize::new(0);
         // One check a core: more at once would all end late, and the drive would wait for the first.
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let checks = Permits::new(cores);
-        let work = || {
-            let mut done = Vec::new();
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                let Some(block) = blocks.get(number) else { return done };
-                if let Ok(place) = &places[number] {
-                    done.push((number, self.fill(block, place, &checks)));
-                }
+        let (give, filled) = channel();
+        let fill = |give: Sender<_>| {
+            while let Some((number, place)) = placed.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let result = self.fill(&blocks[*number], place, &checks);
+                let _ = give.send(Filled { number: *number, place, result }); // It is taken till the end.
             }
         };
-        let helpers = WRITE_THREADS.min(blocks.len()).saturating_sub(1);
-        let mut filled: HashMap<usize, Result<(), WriteFailure>> = std::thread::scope(|scope| {
-            let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(work)).collect();
-            let own = work();
-            let theirs = helpers.into_iter().flat_map(|helper| {
-                helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            own.into_iter().chain(theirs).collect()
+        std::thread::scope(|scope| {
+            for _ in 0..WRITE_THREADS.min(placed.len()) {
+                let give = give.clone();
+                scope.spawn(|| fill(give));
+            }
+            drop(give);
+            let mut unsynced = HashMap::new();
+            loop {
+                let mut some: Vec<Filled<'_>> = filled.iter().take(SYNCED_AT_ONCE).collect();
+                if some.is_empty() {
+                    return;
+                }
+                self.enter(blocks, &mut some, &mut unsynced);
+                for Filled { number, result, .. } in some {
+                    tell(number, result);
+                }
+            }
         });
-        let mut results: Vec<Result<(), WriteFailure>> = Vec::new();
-        for (number, place) in places.iter().enumerate() {
-            results.push(match place {
-                Ok(_) => filled.remove(&number).expect("each block with a place was filled"),
-                Err(error) => Err(WriteFailure::Disk(error.repeat())),
-            });
-        }
-        let good = |results: &[Result<(), WriteFailure>]| -> Vec<usize> {
-            (0..results.len()).filter(|number| results[*number].is_ok()).collect()
+    }
+
+    /// Step 1 for a group of blocks.
+    fn take_places(&self, blocks: &[NewBlock<'_>], spare: Spare) -> Vec<Result<Place, DiskError>> {
+        let mut taken: HashMap<BlockKey, SlotId> = HashMap::new();
+        let take = |block: &NewBlock<'_>| {
+            let parent = &block.header.parent;
+            let after = match taken.get(parent) {
+                Some(at) => Some(*at),
+                None => self.index.get(parent)?.map(|entry| entry.at),
+            };
+            let place = self.take(block, after, spare)?;
+            taken.insert(block.header.key, place.slot.at);
+            Ok(place)
         };
+        blocks.iter().map(take).collect()
+    }
+
+    /// Steps 3 and 4 for blocks that have been filled, or could not be. `unsynced`: files of which a sync has
+    /// failed; what was written before may be lost, and a later sync would not say so.
+    fn enter(
+        &self,
+        blocks: &[NewBlock<'_>],
+        filled: &mut [Filled<'_>],
+        unsynced: &mut HashMap<u32, DiskError>,
+    ) {
         // 3.
-        let mut synced: HashMap<u32, Result<(), DiskError>> = HashMap::new();
-        for number in good(&results) {
-            let Ok(place) = &places[number] else { continue };
-            let sync = |source| DiskError::Io { what: "syncing a slot file", source };
-            let outcome =
-                synced.entry(place.slot.at.file).or_insert_with(|| place.file.sync().map_err(sync));
-            if let Err(error) = outcome {
-                results[number] = Err(WriteFailure::Disk(error.repeat()));
+        let mut synced = HashSet::new();
+        for Filled { place, result, .. } in filled.iter_mut().filter(|one| one.result.is_ok()) {
+            let file = place.slot.at.file;
+            if synced.insert(file)
+                && let Err(source) = place.file.sync()
+            {
+                unsynced.insert(file, DiskError::Io { what: "syncing a slot file", source });
+            }
+            if let Some(error) = unsynced.get(&file) {
+                *result = Err(WriteFailure::Disk(error.repeat()));
             }
         }
         // 4.
         let (mut entries, mut replaced) = (Vec::new(), Vec::new());
         let mut failed = None;
-        for number in good(&results) {
-            let Ok(place) = &places[number] else { continue };
-            let header = blocks[number].header;
+        for Filled { number, place, .. } in filled.iter().filter(|one| one.result.is_ok()) {
+            let header = blocks[*number].header;
             match self.index.get(&header.key) {
                 Ok(old) => replaced.extend(old),
                 Err(error) => failed = Some(error),
@@ -257,22 +277,27 @@ impl SlotTier {
         if let Some(error) = failed {
             // The batch may have reached the log all the same: its slots are free only when the index
             // has been opened again and says so. Until then nothing is written, see `Index::apply`.
-            for number in good(&results) {
-                results[number] = Err(WriteFailure::Disk(error.repeat()));
+            for Filled { result, .. } in filled.iter_mut().filter(|one| one.result.is_ok()) {
+                *result = Err(WriteFailure::Disk(error.repeat()));
             }
-            return results;
+            return;
         }
         let mut state = self.lock();
         for entry in replaced {
             state.space.release(entry.at, entry.epoch);
         }
-        for (number, place) in places.iter().enumerate() {
-            if let (Ok(place), Err(_)) = (place, &results[number]) {
-                state.space.release(place.slot.at, place.slot.epoch);
-            }
+        for Filled { place, .. } in filled.iter().filter(|one| one.result.is_err()) {
+            state.space.release(place.slot.at, place.slot.epoch);
         }
-        results
     }
+}
+
+/// A block after step 2.
+struct Filled<'a> {
+    /// Among the blocks of the group.
+    number: usize,
+    place: &'a Place,
+    result: Result<(), WriteFailure>,
 }
 
 /// The drive, rather than its room or its being writable.
