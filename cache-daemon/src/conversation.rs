@@ -66,6 +66,11 @@ impl Conversations {
         }
     }
 
+    /// Another bound; the next `expire` keeps it.
+    pub fn set_bytes_max(&mut self, bytes_max: u64) {
+        self.bytes_max = bytes_max;
+    }
+
     /// Records known.
     pub fn len(&self) -> usize {
         self.known.len()

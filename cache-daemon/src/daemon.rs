@@ -514,6 +514,11 @@ impl Daemon {
                     }
                 }
             }
+            Submission::Reject(handles) => {
+                for handle in handles.iter() {
+                    self.store.reject(handle, id)?;
+                }
+            }
             Submission::Commit { handle, ticket } => {
                 let outcome = self.store.commit(id, handle, now_ms)?;
                 self.metrics.commits.with_label_values(&[outcome_label(outcome)]).inc();

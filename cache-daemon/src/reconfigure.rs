@@ -22,7 +22,8 @@ pub struct Change {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_percent: Option<u8>,
-    /// Bytes that the disk tier may take: not more than it was started with.
+    /// Bytes that the disk tier may take. Of a smaller one blocks leave, and its files stay; a larger one needs
+    /// that much room on its volume.
     #[arg(long, value_parser = crate::config::parse_bytes)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
@@ -79,18 +80,17 @@ pub struct InForce {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChangeError {
-    /// A size outside its bounds.
-    #[error(
-        "disk_bytes is {given}, must be {min} to {max}; more takes another --disk-bytes and a restart"
-    )]
+    /// A size below its bound.
+    #[error("disk_bytes is {given}, must be at least {min}")]
     DiskBytes {
         /// Asked for.
         given: u64,
         /// Fewest.
         min: u64,
-        /// What the tier was started with.
-        max: u64,
     },
+    /// Bytes of what is not there.
+    #[error("disk_bytes has nothing to bound: the daemon was started without --disk-dir")]
+    NoDisk,
     /// A rate at which nothing would ever arrive.
     #[error("migration_bytes_per_second is {given}, must be 0 (no bound) or at least {min}")]
     Rate {
@@ -110,11 +110,12 @@ pub enum ChangeError {
 }
 
 impl Change {
-    fn check(&self, disk_bytes_max: u64) -> Result<(), ChangeError> {
-        let min = crate::config::DISK_BYTES_MIN.min(disk_bytes_max);
-        if let Some(given) = self.disk_bytes.filter(|given| !(min..=disk_bytes_max).contains(given))
-        {
-            return Err(ChangeError::DiskBytes { given, min, max: disk_bytes_max });
+    fn check(&self, has_disk: bool) -> Result<(), ChangeError> {
+        let min = crate::config::DISK_BYTES_MIN;
+        match self.disk_bytes {
+            Some(_) if !has_disk => return Err(ChangeError::NoDisk),
+            Some(given) if given < min => return Err(ChangeError::DiskBytes { given, min }),
+            _ => {}
         }
         let min = crate::config::MIGRATION_RATE_MIN;
         let rate = self.migration_bytes_per_second;
@@ -154,7 +155,7 @@ impl Store {
 
     /// Changes all that is asked for, or nothing.
     pub fn reconfigure(&mut self, change: &Change) -> Result<InForce, ChangeError> {
-        change.check(self.config.disk_bytes)?;
+        change.check(self.config.disk_bytes > 0)?;
         let before = self.in_force();
         let config = &mut self.config;
         config.policy = change.policy.unwrap_or(config.policy);
@@ -173,6 +174,7 @@ impl Store {
         }
         if let Some(bytes) = change.disk_bytes {
             self.transfers.set_disk_bytes(bytes);
+            self.conversations.set_bytes_max(crate::store::record_bytes_max(bytes));
         }
         if let Some(bytes) = change.disk_write_bytes_per_day {
             self.budget.set((bytes > 0).then_some(bytes));
@@ -197,10 +199,11 @@ mod tests {
 
     #[test]
     fn a_change_that_cannot_be_is_refused_with_its_bounds() {
-        let check = |change: Change| change.check(1 << 30);
+        let check = |change: Change| change.check(true);
         assert_eq!(check(Change::default()), Ok(()));
-        let disk = check(Change { disk_bytes: Some(1 << 31), ..Change::default() });
-        assert!(disk.unwrap_err().to_string().contains("--disk-bytes and a restart"));
+        let disk = Change { disk_bytes: Some(1 << 20), ..Change::default() };
+        assert!(check(disk).unwrap_err().to_string().contains("at least 16777216"));
+        assert_eq!(disk.check(false), Err(ChangeError::NoDisk));
         let rate = Change { migration_bytes_per_second: Some(1), ..Change::default() };
         assert!(check(rate).is_err());
         let share = Change { tenant_host_share: Some(0), ..Change::default() };

@@ -24,7 +24,7 @@ use crate::policy::retention::{Due, Refused, Retention, Retentions, pinned_max};
 use crate::policy::{Index, Limits, PolicyKind, QueueTicket};
 use crate::queue::{Queue, TurnId};
 use crate::tier::disk::{DiskWorkers, Engine};
-use crate::tier::host::{HostTier, free_high};
+use crate::tier::host::{HandleError, HostTier, free_high};
 use crate::transfer::{Transfers, Waiter};
 use crate::verify::Verification;
 
@@ -79,6 +79,11 @@ impl TenantShare {
         let in_host = u64::from(frames.saturating_sub(free_high(frames)));
         (limits(in_host, self.host), limits(disk_blocks, self.disk))
     }
+}
+
+/// Of a disk tier of `disk_bytes`, what conversations' records may take.
+pub(crate) fn record_bytes_max(disk_bytes: u64) -> u64 {
+    disk_bytes / 8
 }
 
 /// See the module.
@@ -150,7 +155,7 @@ impl Store {
             host: None,
             disk,
             transfers: Transfers::new(config.disk_bytes, config.disk_engine),
-            conversations: Conversations::new(config.disk_bytes / 8),
+            conversations: Conversations::new(record_bytes_max(config.disk_bytes)),
             deletions: Deletions::default(),
             verification: Verification::default(),
             exports: Exports::default(),
@@ -357,6 +362,22 @@ impl Store {
         } // While `Writing`, the end of the write finds the block unknown and removes it.
     }
 
+    /// A runtime gives a pin back whose frame does not hold the block: it is read from disk again, or computed.
+    pub fn reject(&mut self, handle: FrameHandle, id: AttachmentId) -> Result<(), HandleError> {
+        let Some(host) = &mut self.host else { return Ok(()) };
+        host.unpin(handle, id)?;
+        let Some(key) = host.block(handle.frame) else { return Ok(()) }; // Forgotten already.
+        tracing::warn!(%key, frame = handle.frame.0, "a frame is not what was committed");
+        self.metrics.corrupt.with_label_values(&["frame"]).inc();
+        if self.directory.get(&key).is_some_and(Block::is_stored) {
+            host.disown(handle.frame);
+            self.leave_host(&key, MissReason::Checksum);
+        } else {
+            self.forget(&key, MissReason::Checksum);
+        }
+        Ok(())
+    }
+
     /// A runtime has filled a frame. What it says is checked; the frame is published or free after this.
     pub fn commit(
         &mut self,
@@ -376,7 +397,7 @@ impl Store {
                 return Ok(CommitOutcome::Refused);
             }
         };
-        Ok(self.enter(&header, frame, now_ms).map_err(crate::tier::host::HandleError::from)?)
+        Ok(self.enter(&header, frame, now_ms).map_err(HandleError::from)?)
     }
 
     /// Enters the block of a frame that was filled: by a runtime, or by an import. The frame is published

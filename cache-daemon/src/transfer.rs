@@ -112,6 +112,8 @@ pub struct Transfers {
     disk_bytes_max: u64,
     /// What turned out to fit, below `disk_bytes_max` while the volume has less; and until when.
     disk_bytes_fitting: u64,
+    /// What the store believes that it may take.
+    disk_bytes_told: u64,
     fitting_until_ms: Option<u64>,
     pub(crate) stored_bytes: u64,
     pub(crate) physical_bytes: u64,
@@ -158,6 +160,7 @@ impl Transfers {
             disk_bytes,
             disk_bytes_max: disk_bytes / 100 * engine.stored_percent(),
             disk_bytes_fitting: u64::MAX,
+            disk_bytes_told: disk_bytes,
             fitting_until_ms: None,
             stored_bytes: 0,
             physical_bytes: 0,
@@ -305,6 +308,7 @@ impl Transfers {
     pub(crate) fn set_disk_bytes(&mut self, bytes: u64) {
         self.disk_bytes = bytes;
         self.disk_bytes_max = bytes / 100 * self.engine.stored_percent();
+        self.disk_bytes_fitting = u64::MAX; // To be found out anew.
     }
 
     /// Bytes that blocks may take.
@@ -490,6 +494,11 @@ impl Store {
     fn begin_maintenance(&mut self) {
         self.send_removals();
         let transfers = &mut self.transfers;
+        let bytes = transfers.disk_bytes;
+        if bytes != transfers.disk_bytes_told && self.disk.write(Job::Resize(bytes)).is_ok() {
+            transfers.disk_bytes_told = bytes;
+            transfers.maintaining += 1;
+        }
         while let Some(id) = transfers.record_removals.pop() {
             if self.disk.write(Job::RemoveConversation(id)).is_err() {
                 transfers.record_removals.push(id);

@@ -19,7 +19,7 @@ use kv_protocol::layout::{
     control, frame_entry,
 };
 use kv_protocol::table::{AttachmentState, FrameTable, RegionView};
-use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex};
+use kv_protocol::{AttachmentId, BlockHeader, BlockKey, FrameIndex, MissReason};
 use runtime::cache_client::CacheEvent;
 use support::{Daemon, Driver, conversation, geometry, region_bytes, until};
 
@@ -142,6 +142,41 @@ fn a_frame_that_is_no_longer_the_block_is_found_when_it_is_copied() {
     header.generation = blocks[0].handle.generation;
     table.write_header(first, &header);
     assert!(!driver.are_as_stored(&tokens, &blocks[0]), "another block is taken for it");
+}
+
+/// A runtime that finds a frame wrong says so: the next turn gets the block from disk, or computes it anew, and
+/// does not run into the same bytes.
+#[test]
+fn a_rejected_frame_is_given_to_nobody_again() {
+    for has_disk in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let program = Path::new(env!("CARGO_BIN_EXE_cache-daemon"));
+        let start = if has_disk { Daemon::start } else { Daemon::start_without_disk };
+        let daemon = start(program, dir.path(), region_bytes(FRAMES), &[]);
+        let mut driver = Driver::attach(&daemon.socket, geometry());
+        let tokens = conversation(1, 16 * 4);
+        driver.save(&tokens).unwrap();
+        if has_disk {
+            until("all is on disk", || (daemon.status_u64("/blocks/disk") == 4).then_some(()));
+        }
+        let sequence = driver.enqueue(&tokens, 0);
+        let (blocks, _) = driver.pin(sequence).unwrap();
+        let table = daemon.region().table().unwrap();
+        table.copy_in(blocks[2].handle.frame, 0, &[!0; 8]);
+        assert!(!driver.are_as_stored(&tokens, &blocks[2]));
+        blocks[2].frame.reject();
+        drop(blocks);
+        driver.client.end(sequence);
+        while driver.client.poll().is_some() {} // Gives the pins back.
+        let found = driver.load(&tokens).unwrap();
+        if has_disk {
+            assert_eq!((found.tokens, found.host, found.disk), (64, 3, 1));
+        } else {
+            assert_eq!((found.tokens, found.miss), (32, Some(MissReason::Checksum)));
+        }
+        driver.save(&tokens).unwrap();
+        assert_eq!(driver.load(&tokens).unwrap().tokens, 64);
+    }
 }
 
 /// One after another, while the driver works, near what is in use.

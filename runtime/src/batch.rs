@@ -181,6 +181,8 @@ pub trait ReadFrames: Send + Sync + std::fmt::Debug {
     fn checksums(&self, place: usize) -> Option<Vec<u32>>;
     /// Copies `to.len()` bytes from `offset` in the frame. Panics if out of the frame's bounds.
     fn read(&self, place: usize, offset: usize, to: &mut [u8]);
+    /// The frame at `place` does not hold the block: whoever keeps it is told, and nobody gets it again.
+    fn reject(&self, place: usize);
 }
 
 /// One of the frames that were found together; dropping the last of them gives all back.
@@ -204,6 +206,11 @@ impl FoundFrame {
     /// See [`ReadFrames::read`].
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         self.frames.read(self.place, offset, to);
+    }
+
+    /// See [`ReadFrames::reject`].
+    pub fn reject(&self) {
+        self.frames.reject(self.place);
     }
 }
 

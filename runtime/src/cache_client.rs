@@ -623,6 +623,10 @@ impl Attachment {
             let handles = pins.iter().copied().collect();
             self.pending.push_back(Pending::Plain(Submission::Unpin(handles)));
         }
+        for rejected in released.rejected.chunks(HANDLES_MAX) {
+            let handles = rejected.iter().copied().collect();
+            self.pending.push_back(Pending::Plain(Submission::Reject(handles)));
+        }
         for handle in released.credits {
             self.pending.push_back(Pending::Plain(Submission::Abandon(handle)));
         }
@@ -680,7 +684,7 @@ impl Attachment {
         };
         let count = found.len();
         let (mut right, mut pinned) = (Vec::with_capacity(count), Vec::with_capacity(count));
-        let (mut unwanted, mut rejected, mut copy) = (Vec::new(), 0, Vec::new());
+        let (mut rejected, mut copy) = (0, Vec::new());
         let last = found.iter().map(|block| block.index).max();
         for block in found {
             let ends = Some(block.index) == last;
@@ -689,15 +693,12 @@ impl Attachment {
                     right.push((block, tokens));
                     pinned.push(pin);
                 }
-                Ok(_) => unwanted.push(block.handle),
+                Ok(_) => self.life.release_pins(std::iter::once(block.handle)),
                 Err(Rejected) => {
-                    unwanted.push(block.handle);
+                    self.life.reject(block.handle);
                     rejected += 1;
                 }
             }
-        }
-        if !unwanted.is_empty() {
-            self.life.release_pins(unwanted.into_iter());
         }
         let frames = Arc::new(PinnedFrames::new(&self.life, pinned));
         let blocks = right.into_iter().enumerate().map(|(place, (block, tokens))| {
@@ -768,7 +769,8 @@ impl Attachment {
 /// Whether the daemon may read it at its leisure: with the next message that asks for something, or when it looks
 /// for itself, five times a second. A wake-up is a system call in the middle of an engine's step.
 fn gives_back(submission: &Submission) -> bool {
-    matches!(submission, Submission::Unpin(_) | Submission::Abandon(_) | Submission::End { .. })
+    use Submission::{Abandon, End, Reject, Unpin};
+    matches!(submission, Unpin(_) | Reject(_) | Abandon(_) | End { .. })
 }
 
 /// A found block is not what was asked for.

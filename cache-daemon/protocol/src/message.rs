@@ -257,6 +257,8 @@ pub enum Submission {
     },
     /// Give back one pin of each.
     Unpin(Handles),
+    /// Give back one pin of each; the frame does not hold the block that was found in it.
+    Reject(Handles),
     /// A granted frame is filled, header and all.
     Commit {
         /// Which.
@@ -420,6 +422,10 @@ impl Submission {
                 let [a, b, c, d, e, f, g] = handles.words;
                 [4 | u64::from(handles.count) << 32, a, b, c, d, e, f, g]
             }
+            Submission::Reject(handles) => {
+                let [a, b, c, d, e, f, g] = handles.words;
+                [9 | u64::from(handles.count) << 32, a, b, c, d, e, f, g]
+            }
             Submission::Commit { handle, ticket } => [5, handle.pack(), ticket.0, 0, 0, 0, 0, 0],
             Submission::Abandon(handle) => [6, handle.pack(), 0, 0, 0, 0, 0, 0],
             Submission::PutConversation { id, record } => {
@@ -438,7 +444,7 @@ impl Submission {
         let sequence = SequenceTag(entry[1]);
         let handle = FrameHandle::unpack(entry[1]);
         let (kind, count) = (entry[0] as u32, (entry[0] >> 32) as u32);
-        if count != 0 && kind != 4 {
+        if count != 0 && !matches!(kind, 4 | 9) {
             return Err(MessageError::Code { field: "submission kind", code: entry[0] });
         }
         Ok(match kind {
@@ -457,6 +463,7 @@ impl Submission {
             2 => Submission::Lookup { sequence, keys: optional_span(entry[2])? },
             3 => Submission::End { sequence },
             4 => Submission::Unpin(Handles::decode(count, &entry[1..])?),
+            9 => Submission::Reject(Handles::decode(count, &entry[1..])?),
             5 => Submission::Commit { handle, ticket: Ticket(entry[2]) },
             6 => Submission::Abandon(handle),
             7 => {
@@ -733,6 +740,7 @@ mod tests {
             Submission::End { sequence },
             Submission::Unpin([handle()].into_iter().collect()),
             Submission::Unpin([handle(); HANDLES_MAX].into_iter().collect()),
+            Submission::Reject([handle()].into_iter().collect()),
             Submission::Commit { handle: handle(), ticket: Ticket(1) },
             Submission::Abandon(handle()),
             Submission::PutConversation { id, record: span() },

@@ -309,6 +309,11 @@ impl HostTier {
         self.info[frame.0 as usize].block = Some(key);
     }
 
+    /// The block that a frame holds.
+    pub fn block(&self, frame: FrameIndex) -> Option<BlockKey> {
+        self.info[frame.0 as usize].block
+    }
+
     /// A frame in `Filling` that will not be filled, or in `Ready` that is not wanted, becomes free.
     pub fn free(&mut self, frame: FrameIndex) {
         self.info[frame.0 as usize].block = None;

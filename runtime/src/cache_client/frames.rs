@@ -22,6 +22,8 @@ pub(super) struct AttachmentLife {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Released {
     pub(super) pins: Vec<FrameHandle>,
+    /// Pins of frames that do not hold what was found in them.
+    pub(super) rejected: Vec<FrameHandle>,
     /// Frames that were taken and not committed.
     pub(super) credits: Vec<FrameHandle>,
 }
@@ -38,6 +40,11 @@ impl AttachmentLife {
     /// Pins that nobody will use.
     pub(super) fn release_pins(&self, handles: impl Iterator<Item = FrameHandle>) {
         self.released().pins.extend(handles);
+    }
+
+    /// The pin of a frame that does not hold what was found in it.
+    pub(super) fn reject(&self, handle: FrameHandle) {
+        self.released().rejected.push(handle);
     }
 
     pub(super) fn take_released(&self) -> Released {
@@ -60,11 +67,13 @@ pub(super) struct Pinned {
 pub(super) struct PinnedFrames {
     life: Arc<AttachmentLife>,
     pub(super) blocks: Vec<Pinned>,
+    /// Places of frames that do not hold their block.
+    rejected: Mutex<Vec<usize>>,
 }
 
 impl PinnedFrames {
     pub(super) fn new(life: &Arc<AttachmentLife>, blocks: Vec<Pinned>) -> Self {
-        Self { life: life.clone(), blocks }
+        Self { life: life.clone(), blocks, rejected: Mutex::default() }
     }
 }
 
@@ -85,11 +94,23 @@ impl ReadFrames for PinnedFrames {
     fn read(&self, place: usize, offset: usize, to: &mut [u8]) {
         self.life.table.copy_out(self.blocks[place].handle.frame, offset as u64, to);
     }
+
+    fn reject(&self, place: usize) {
+        self.rejected.lock().unwrap_or_else(PoisonError::into_inner).push(place);
+    }
 }
 
 impl Drop for PinnedFrames {
     fn drop(&mut self) {
-        self.life.release_pins(self.blocks.iter().map(|block| block.handle));
+        let rejected = self.rejected.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut released = self.life.released();
+        for (place, block) in self.blocks.iter().enumerate() {
+            if rejected.contains(&place) {
+                released.rejected.push(block.handle);
+            } else {
+                released.pins.push(block.handle);
+            }
+        }
     }
 }
 

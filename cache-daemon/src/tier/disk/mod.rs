@@ -278,6 +278,8 @@ pub trait DiskTier: Send + Sync {
     fn remove_conversation(&self, id: &ConversationId) -> Result<(), DiskError>;
     /// What it takes.
     fn usage(&self) -> DiskUsage;
+    /// It may take so much from now on. What it has taken already, it keeps.
+    fn resize(&self, disk_bytes: u64);
     /// Gives garbage back to the file system; may be long.
     fn reclaim(&self) -> Result<(), DiskError>;
     /// Everything written so far survives a loss of power after this.
@@ -379,6 +381,8 @@ pub enum Job {
     },
     /// Forget blocks and records, and leave nothing of them on the medium.
     Erase(Erasure),
+    /// The store may take so many bytes from now on.
+    Resize(u64),
     /// Give garbage back.
     Reclaim,
     /// Make everything durable.
@@ -767,6 +771,10 @@ fn perform(job: Job, tier: Option<&dyn DiskTier>) -> Done {
         Job::Bury { id, tombstone } => {
             let put = tier.put_conversation(&id, tombstone.deleted_ms, &tombstone.encode());
             Done::Buried { id, error: put.and_then(|()| tier.flush()).err() }
+        }
+        Job::Resize(disk_bytes) => {
+            tier.resize(disk_bytes);
+            maintained("another size", Ok(()))
         }
         Job::Reclaim => maintained(RECLAIMING, tier.reclaim()),
         Job::Probe => maintained(PROBING, tier.probe()),

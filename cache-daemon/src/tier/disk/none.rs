@@ -69,6 +69,8 @@ impl DiskTier for NoDisk {
         DiskUsage::default()
     }
 
+    fn resize(&self, _disk_bytes: u64) {}
+
     fn reclaim(&self) -> Result<(), DiskError> {
         Ok(())
     }

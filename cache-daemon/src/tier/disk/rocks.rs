@@ -255,6 +255,9 @@ impl DiskTier for RocksTier {
         self.database.purge(if blocks.is_empty() { &[] } else { &[INDEX, PAYLOAD] }, conversations)
     }
 
+    /// Its files are as large as they were when it was opened; how many there are is the daemon's to bound.
+    fn resize(&self, _disk_bytes: u64) {}
+
     fn put_conversation(
         &self,
         id: &ConversationId,

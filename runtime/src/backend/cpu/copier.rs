@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use kernels::paged_attention::KvBlocks;
 
 use super::gate::Gate;
-use crate::batch::{BackendEvent, LoadId, LoadPlan, SavePlan, StepId};
+use crate::batch::{BackendEvent, LoadBlock, LoadId, LoadPlan, SavePlan, StepId};
 
 /// Sees what the backend does, and may hold it back: how tests prove the order of things.
 pub trait Probe: Send + Sync {
@@ -195,18 +195,18 @@ impl Copier {
         let plan = &load.plan;
         let rows = plan.present_layers.len();
         let layer = plan.present_layers.get(load.row).map_or(self.layers, |&layer| layer.into());
-        let fail = || {
+        let fail = |block: &LoadBlock| {
+            block.frame.reject();
             load.gate.fail();
             self.tell(BackendEvent::LoadFailed(plan.id));
             true
         };
         if load.row == 0 {
             load.gate.open_to(layer); // Layers that no frame holds are not waited for.
-            let Some(all) = plan.blocks.iter().map(|block| block.frame.checksums()).collect()
-            else {
-                return fail();
-            };
-            load.checksums = all;
+            for block in &plan.blocks {
+                let Some(checksums) = block.frame.checksums() else { return fail(block) };
+                load.checksums.push(checksums);
+            }
         }
         if load.row == rows {
             self.tell(BackendEvent::Loaded(plan.id));
@@ -220,7 +220,7 @@ impl Copier {
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(row);
             block.frame.read(load.row * bytes.len(), bytes);
             if checksums.get(load.row) != Some(&crc32c::crc32c(bytes)) {
-                return fail();
+                return fail(block);
             }
         }
         load.row += 1;

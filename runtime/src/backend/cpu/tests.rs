@@ -1,5 +1,6 @@
 //! The backend alone, on a tiny random model: same bits however a sequence is cut, cached or cold.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -160,6 +161,8 @@ impl ReadFrames for Saved {
     fn read(&self, place: usize, offset: usize, to: &mut [u8]) {
         to.copy_from_slice(&self.0[place].0.0.lock().unwrap()[offset..offset + to.len()]);
     }
+
+    fn reject(&self, _place: usize) {}
 }
 
 fn all_layers() -> Arc<[u16]> {
@@ -379,14 +382,16 @@ fn a_failed_load_is_told_and_a_good_one_too() {
     harness.backend.load(load_plan(2, &wrong, 4));
     assert!(matches!(harness.next(), BackendEvent::LoadFailed(LoadId(2))));
     let mut gone = load_plan(3, &frames, 5);
-    gone.blocks[0].frame = FoundFrame::new(Arc::new(Gone), 0);
+    let frame = Arc::new(Gone::default());
+    gone.blocks[0].frame = FoundFrame::new(frame.clone(), 0);
     harness.backend.load(gone);
     assert!(matches!(harness.next(), BackendEvent::LoadFailed(LoadId(3))));
+    assert!(frame.0.load(Ordering::Relaxed), "whoever keeps it is told");
 }
 
-/// A frame that holds another block by now.
-#[derive(Debug)]
-struct Gone;
+/// A frame that holds another block by now, and whether it was rejected.
+#[derive(Debug, Default)]
+struct Gone(AtomicBool);
 
 impl ReadFrames for Gone {
     fn checksums(&self, _place: usize) -> Option<Vec<u32>> {
@@ -395,6 +400,10 @@ impl ReadFrames for Gone {
 
     fn read(&self, _place: usize, _offset: usize, to: &mut [u8]) {
         to.fill(0);
+    }
+
+    fn reject(&self, _place: usize) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -37,6 +37,8 @@ impl ReadFrames for Stored {
     fn read(&self, _place: usize, offset: usize, to: &mut [u8]) {
         to.copy_from_slice(&self.frame.0.lock().unwrap()[offset..offset + to.len()]);
     }
+
+    fn reject(&self, _place: usize) {} // Tests spoil frames that stay.
 }
 
 #[derive(Debug, Clone)]

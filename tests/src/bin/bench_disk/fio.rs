@@ -1,6 +1,6 @@
 //! The peer: `fio`, which only moves bytes.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -25,10 +25,10 @@ pub enum Way {
     IoUring,
 }
 
-/// One pass of fio over a file; bytes a second of its reads, or of its writes.
+/// One pass of fio over files of one size; bytes a second of its reads, or of its writes.
 pub fn pass(
     way: Way,
-    file: &Path,
+    files: &[PathBuf],
     work: Work,
     file_bytes: u64,
     block_bytes: u64,
@@ -39,7 +39,8 @@ pub fn pass(
         Work::Write => "randwrite",
         Work::Mixed => "randrw",
     };
-    let bytes = file_bytes / block_bytes * block_bytes;
+    let bytes = file_bytes / block_bytes * block_bytes * files.len() as u64;
+    let names = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(":");
     let way = match way {
         Way::Libaio => vec!["--ioengine=libaio".to_owned(), format!("--iodepth={depth}")],
         Way::IoUring => vec!["--ioengine=io_uring".to_owned(), format!("--iodepth={depth}")],
@@ -54,7 +55,8 @@ pub fn pass(
         .args(["--name=pass", "--direct=1", "--output-format=json"])
         .args(way)
         .args(["--refill_buffers", "--end_fsync=1", "--rwmixread=70", "--allow_file_create=1"])
-        .arg(format!("--filename={}", file.display()))
+        .arg(format!("--filename={names}"))
+        .arg("--file_service_type=random")
         .arg(format!("--rw={rw}"))
         .arg(format!("--size={bytes}"))
         .arg(format!("--bs={block_bytes}"))

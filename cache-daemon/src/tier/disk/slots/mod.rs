@@ -33,6 +33,7 @@ mod writing;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use kv_protocol::{BlockHeader, BlockKey, ConversationId, Geometry, Span};
@@ -85,8 +86,10 @@ pub struct SlotTier {
     /// More readers than there are reads at once: the others check what came.
     reading: Permits,
     changing: Mutex<()>,
-    files_bytes_max: u64,
-    reserve_bytes: u64,
+    /// Of other files in the folder, when the store was opened.
+    others_bytes: u64,
+    /// What it may take, those included.
+    disk_bytes: AtomicU64,
     /// Blocks whose removal failed: removed when the index takes writes again.
     unremoved: Mutex<Vec<BlockKey>>,
 }
@@ -106,13 +109,14 @@ impl SlotTier {
             );
         }
         let media = Arc::new(Folder::new(&home));
-        Self::open_on(media, &home, disk_bytes.saturating_sub(others), placement)
+        Self::open_on(media, &home, disk_bytes, others, placement)
     }
 
     fn open_on(
         media: Arc<dyn Media>,
         home: &Path,
         disk_bytes: u64,
+        others_bytes: u64,
         placement: Placement,
     ) -> Result<Self, DiskError> {
         let index_home = home.join(INDEX_FOLDER);
@@ -138,12 +142,22 @@ impl SlotTier {
             left: Condvar::new(),
             reading: Permits::new(READS_AT_ONCE),
             changing: Mutex::default(),
-            files_bytes_max: disk_bytes / 100 * FILES_SHARE_PERCENT,
-            reserve_bytes: (disk_bytes / RESERVE_SHARE).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX),
+            others_bytes,
+            disk_bytes: disk_bytes.into(),
             unremoved: Mutex::default(),
         };
         tier.open_files()?;
         Ok(tier)
+    }
+
+    fn files_bytes_max(&self) -> u64 {
+        let disk_bytes = self.disk_bytes.load(Ordering::Relaxed);
+        disk_bytes.saturating_sub(self.others_bytes) / 100 * FILES_SHARE_PERCENT
+    }
+
+    fn reserve_bytes(&self) -> u64 {
+        let share = self.disk_bytes.load(Ordering::Relaxed) / RESERVE_SHARE;
+        share.clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -324,6 +338,10 @@ impl DiskTier for SlotTier {
             physical_bytes: files + self.index.physical_bytes(),
             direct_io: self.media.is_direct(),
         }
+    }
+
+    fn resize(&self, disk_bytes: u64) {
+        self.disk_bytes.store(disk_bytes, Ordering::Relaxed);
     }
 
     /// Slots are reused, and segments reclaimed when room is needed: nothing to do.

@@ -81,17 +81,18 @@ impl SlotTier {
                 }
             }
         };
-        let slots = (self.files_bytes_max / FILE_SHARE).min(FILE_BYTES_MAX) / slot_bytes(geometry);
+        let slots =
+            (self.files_bytes_max() / FILE_SHARE).min(FILE_BYTES_MAX) / slot_bytes(geometry);
         let files_min = match self.placement {
             Placement::InPlace => FILES_MIN,
             Placement::Append => SEGMENTS_MIN,
         };
-        let slots_max = (self.files_bytes_max / files_min / slot_bytes(geometry)).max(1);
+        let slots_max = (self.files_bytes_max() / files_min / slot_bytes(geometry)).max(1);
         let slots = slots.max(FILE_SLOTS_MIN).min(slots_max).min(u64::from(u32::MAX)) as u32;
         // The last file takes what is left of the budget: whole files alone would strand up to one.
         let slots = loop {
             let taken: u64 = self.lock().files.values().map(|(_, bytes)| bytes).sum();
-            let room = self.files_bytes_max.saturating_sub(taken + PAGE_BYTES as u64);
+            let room = self.files_bytes_max().saturating_sub(taken + PAGE_BYTES as u64);
             let fitting = room / slot_bytes(geometry);
             if fitting >= u64::from(slots) {
                 break slots;
@@ -108,8 +109,8 @@ impl SlotTier {
         };
         let bytes = slot_at(geometry, slots);
         let left = self.media.available().map_err(io("asking for free space"))?;
-        if left < bytes + self.reserve_bytes {
-            return Err(DiskError::Full { needed: bytes + self.reserve_bytes });
+        if left < bytes + self.reserve_bytes() {
+            return Err(DiskError::Full { needed: bytes + self.reserve_bytes() });
         }
         let number = self.lock().space.next_file();
         let file = self.media.create(number, bytes).map_err(io("making a slot file"))?;

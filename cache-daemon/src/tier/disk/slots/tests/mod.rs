@@ -57,6 +57,7 @@ under_both! {
     a_full_drive_an_ill_one_and_a_read_only_one_cost_stores_and_nothing_else
     a_power_cut_after_any_step_leaves_each_block_whole_or_absent
     another_geometry_takes_over_the_oldest_files_and_the_budget_holds
+    a_store_that_may_take_more_does_so
     a_conversations_blocks_take_neighbouring_slots
     an_erased_block_is_on_no_page_and_its_slot_is_used_again
     an_erasure_cut_short_is_made_good_when_it_is_asked_for_again
@@ -77,7 +78,7 @@ fn open_loaded(
     dir: &Path,
 ) -> (SlotTier, HashSet<BlockKey>) {
     let home = dir.join(HOME);
-    let mut tier = SlotTier::open_on(drive.clone(), &home, DISK_BYTES, placement).unwrap();
+    let mut tier = SlotTier::open_on(drive.clone(), &home, DISK_BYTES, 0, placement).unwrap();
     let keys = load(&mut tier);
     (tier, keys)
 }
@@ -443,6 +444,21 @@ fn another_geometry_takes_over_the_oldest_files_and_the_budget_holds(placement: 
     assert!(first.iter().any(|block| gone(&block)));
     for block in &blocks {
         assert_eq!(read_block_of(&tier, &wide, &block.header.key).as_ref(), Some(block));
+    }
+}
+
+fn a_store_that_may_take_more_does_so(placement: Placement) {
+    let (dir, drive) = (home(), Arc::new(Drive::default()));
+    let tier = open(placement, &drive, dir.path());
+    let stores = |number: u32| write(&tier, &[block(number)], number.into()) == [true];
+    let full = (0..10_000).find(|number| !stores(*number)).unwrap();
+    tier.resize(2 * DISK_BYTES);
+    let more = (full..10_000).find(|number| !stores(*number)).unwrap();
+    assert!(more > full + full / 2, "{full} blocks before, {more} after");
+    assert!(drive.bytes() <= 2 * DISK_BYTES / 100 * FILES_SHARE_PERCENT);
+    tier.resize(DISK_BYTES); // What it has, it keeps.
+    for number in 0..more {
+        assert_eq!(read(&tier, &block(number).header.key), Some(block(number)));
     }
 }
 
