@@ -2,9 +2,10 @@
 //!
 //! Disk → Host means: read into a frame of a region, header and row checksums checked.
 //! A pass reads or writes as many blocks as the tier holds, each once, in random order; passes of all
-//! stores and of fio take turns, in another order each round, and each number is a median. Before a pass the page cache forgets the
-//! store's files: BlobDB and the files go through it. Writes count until they are durable. Raw passes
-//! go to `bench/results/disk.json`, the medians as a picture to `docs/disk-throughput.svg`.
+//! stores and of fio take turns, in another order each round and each in memory of its own, and each
+//! number is a median. Before a pass the page cache forgets the store's files: BlobDB and the files go
+//! through it. Writes count until they are durable. Raw passes go to `bench/results/disk.json`, the
+//! medians as a picture to `docs/disk-throughput.svg`.
 
 #![forbid(unsafe_code)]
 
@@ -38,12 +39,9 @@ const FIGURE_MIB: u64 = 8;
 const FIO: [(&str, Way); 3] =
     [("fio", Way::Libaio), ("threads", Way::Threads), ("io_uring", Way::IoUring)];
 
-/// One that takes so long to be written that more than one round, or all overwrites, is not worth the wait; and
-/// the drive rests meanwhile.
+/// One that takes so long to be written that more than one round, or all overwrites, is not worth the wait.
 const SLOW: &str = STORES[2];
 const SLOW_OVERWRITES: u64 = 2;
-/// So far the order turns from one round to the next: after eight rounds each of eight has had each place.
-const PLACES_A_ROUND: usize = 3;
 /// Written at once beside reads: a few, spread over the pass.
 const MIXED_GROUP: usize = 4;
 /// And where the tier is full, and small.
@@ -70,8 +68,8 @@ struct Flags {
     /// How often that tier is written over.
     #[arg(long, default_value_t = 10)]
     overwrites: u64,
-    /// Passes a number.
-    #[arg(long, default_value_t = 8)]
+    /// Passes a number at 8 MiB, of which the figures are; a third of them at other sizes.
+    #[arg(long, default_value_t = 12)]
     rounds: usize,
     /// MiB of the blocks.
     #[arg(long, value_delimiter = ',', default_value = "1,4,8,32")]
@@ -82,6 +80,11 @@ struct Flags {
 }
 
 impl Flags {
+    fn rounds(&self, block_mib: u64) -> u64 {
+        let rounds = self.rounds as u64;
+        if block_mib == FIGURE_MIB { rounds } else { rounds.div_ceil(3) }
+    }
+
     fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|only| only == name)
     }
@@ -186,9 +189,11 @@ fn throughput(
     contenders.extend(stores.iter().map(Contender::Store));
     contenders.extend(peer.as_ref().map(|_| Contender::Foyer));
     let mut passes = Passes::new();
-    for round in 0..flags.rounds as u64 {
-        for work in WORKS {
+    for round in 0..flags.rounds(block_mib) {
+        for (number, work) in (0..).zip(WORKS) {
+            store::shuffle(&mut contenders, 3 * round + number);
             for contender in &contenders {
+                blocks.renew()?;
                 let (name, rate) = match (contender, work) {
                     (Contender::Store((name, _)), _) if *name == SLOW && round > 0 => continue,
                     (Contender::Fio((name, Way::Libaio)), READ) => (*name, same_files()?),
@@ -212,9 +217,6 @@ fn throughput(
                 passes.entry((work, name)).or_default().push(rate);
             }
         }
-        // A drive that has rested is faster for a while: each has another place in every round.
-        let places = contenders.len();
-        contenders.rotate_left(PLACES_A_ROUND % places);
     }
     let names: Vec<_> = stores.iter().map(|(name, _)| *name).chain(foyer.map(|_| FOYER)).collect();
     drop((stores, peer));
@@ -283,7 +285,8 @@ fn main() -> anyhow::Result<()> {
     }
     std::fs::create_dir_all(&dir)?;
     let mut raw = Vec::new();
-    println!("GB/s, median of {} passes over {} MiB", flags.rounds, flags.mib);
+    let others = flags.rounds(0);
+    println!("GB/s, median of {} passes ({others} not at 8) over {} MiB", flags.rounds, flags.mib);
     let foyer = foyer::binary(&home).filter(|_| flags.wants(FOYER));
     if foyer.is_none() && flags.only.is_empty() {
         println!("without foyer: `make bench-disk` builds it");

@@ -29,10 +29,41 @@ const STORED_PERCENT: u64 = 80;
 /// Blocks of one size, in frames of a region as a daemon has it.
 pub struct Blocks {
     pub geometry: Geometry,
-    /// Payloads and their checksums.
-    payloads: Vec<(Span, Vec<u32>)>,
+    /// Of each payload's rows.
+    checksums: Vec<Vec<u32>>,
+    memory: Mutex<Memory>,
+}
+
+struct Memory {
+    payloads: Vec<Span>,
     /// To be read into, one a thread.
     frames: Vec<Span>,
+}
+
+impl Memory {
+    fn new(geometry: &Geometry) -> anyhow::Result<Self> {
+        let frames = (PAYLOADS + READERS) as u64;
+        let frame_bytes = layout::FRAME_ENTRY_BYTES
+            + BlockHeader::bytes(geometry) as u64
+            + geometry.frame_bytes();
+        let region_bytes = layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame_bytes;
+        let memfd = map::create(region_bytes, None)?;
+        map::fault_extent(&memfd, 0, region_bytes)?;
+        let table = RegionView::new(map::map(&memfd)?).format(*geometry)?;
+        let mut frames: Vec<Span> = table.frames().map(|frame| table.payload(frame)).collect();
+        let payloads: Vec<Span> = frames.drain(..PAYLOADS).collect();
+        for (number, payload) in payloads.iter().enumerate() {
+            payload.copy_in(0, &bytes_of(number, geometry));
+        }
+        Ok(Self { payloads, frames })
+    }
+}
+
+/// Random bytes that follow from a payload's number.
+fn bytes_of(number: usize, geometry: &Geometry) -> Vec<u8> {
+    let mut bytes = vec![0; geometry.payload_bytes() as usize];
+    blake3::Hasher::new_keyed(&[number as u8; 32]).finalize_xof().fill(&mut bytes);
+    bytes
 }
 
 impl Blocks {
@@ -41,32 +72,32 @@ impl Blocks {
         let rows = (bytes / ROW_BYTES) as u16;
         let geometry = Geometry::new(64, rows, 8, 128, Dtype::F16, LayerSet::all(rows))?;
         ensure!(geometry.payload_bytes() == bytes, "{bytes} is not a whole number of rows");
-        let frames = (PAYLOADS + READERS) as u64;
-        let frame_bytes = layout::FRAME_ENTRY_BYTES
-            + BlockHeader::bytes(&geometry) as u64
-            + geometry.frame_bytes();
-        let region_bytes = layout::FRAME_TABLE_AT + layout::PAGE_BYTES + frames * frame_bytes;
-        let memfd = map::create(region_bytes, None)?;
-        map::fault_extent(&memfd, 0, region_bytes)?;
-        let table = RegionView::new(map::map(&memfd)?).format(geometry)?;
-        let mut frames: Vec<Span> = table.frames().map(|frame| table.payload(frame)).collect();
-        let payload = |(number, span): (usize, Span)| {
-            let mut payload = vec![0; bytes as usize];
-            blake3::Hasher::new_keyed(&[number as u8; 32]).finalize_xof().fill(&mut payload);
-            span.copy_in(0, &payload);
-            let rows = payload.chunks_exact(ROW_BYTES as usize);
-            (span, rows.map(crc32c::crc32c).collect())
+        let checksums = |number| {
+            let payload = bytes_of(number, &geometry);
+            payload.chunks_exact(ROW_BYTES as usize).map(crc32c::crc32c).collect()
         };
-        let payloads = frames.drain(..PAYLOADS).enumerate().map(payload).collect();
-        Ok(Self { geometry, payloads, frames })
+        let checksums = (0..PAYLOADS).map(checksums).collect();
+        Ok(Self { geometry, checksums, memory: Memory::new(&geometry)?.into() })
+    }
+
+    /// Other memory, as each pass of fio has: how fast a drive fills memory depends on where that is, on a
+    /// virtual machine by half.
+    pub fn renew(&self) -> anyhow::Result<()> {
+        let new = Memory::new(&self.geometry)?;
+        *self.memory.lock().expect("no panic") = new;
+        Ok(())
     }
 
     pub fn bytes(&self) -> u64 {
         self.geometry.payload_bytes()
     }
 
-    fn payload(&self, number: u32) -> &Span {
-        &self.payloads[number as usize % PAYLOADS].0
+    fn payload(&self, number: u32) -> Span {
+        self.memory.lock().expect("no panic").payloads[number as usize % PAYLOADS].clone()
+    }
+
+    fn frames(&self, count: usize) -> Vec<Span> {
+        self.memory.lock().expect("no panic").frames[..count].to_vec()
     }
 
     fn header(&self, number: u32) -> BlockHeader {
@@ -82,7 +113,7 @@ impl Blocks {
             generation: Generation(0),
             created_ms: 1,
             tokens,
-            checksums: self.payloads[number as usize % PAYLOADS].1.clone(),
+            checksums: self.checksums[number as usize % PAYLOADS].clone(),
         }
     }
 }
@@ -188,14 +219,16 @@ impl<'a> Store<'a> {
 
     fn write_tier(&self, tier: &dyn DiskTier, numbers: &[u32]) -> anyhow::Result<()> {
         let headers: Vec<_> = numbers.iter().map(|number| self.blocks.header(*number)).collect();
+        let payloads: Vec<_> = numbers.iter().map(|number| self.blocks.payload(*number)).collect();
         let blocks: Vec<NewBlock<'_>> = headers
             .iter()
+            .zip(&payloads)
             .zip(numbers)
-            .map(|(header, number)| NewBlock {
+            .map(|((header, payload), number)| NewBlock {
                 geometry: &self.blocks.geometry,
                 header,
                 order: u64::from(*number) + 1,
-                payload: self.blocks.payload(*number),
+                payload,
             })
             .collect();
         let mut failures = Vec::new();
@@ -207,7 +240,7 @@ impl<'a> Store<'a> {
     fn write_file(&self, dir: &Path, number: u32) -> anyhow::Result<()> {
         let header = self.blocks.header(number);
         let payload = self.blocks.payload(number);
-        ensure!(check_rows(&header, &self.blocks.geometry, payload), "a frame is wrong");
+        ensure!(check_rows(&header, &self.blocks.geometry, &payload), "a frame is wrong");
         let mut bytes = vec![0; payload.bytes() as usize];
         payload.copy_out(0, &mut bytes);
         let (new, path) = (dir.join("new"), dir.join(number.to_string()));
@@ -254,8 +287,8 @@ impl<'a> Store<'a> {
             Ok(())
         };
         std::thread::scope(|scope| {
-            let frames = self.blocks.frames.iter().take(threads);
-            let threads: Vec<_> = frames.map(|frame| scope.spawn(move || work(frame))).collect();
+            let frames = self.blocks.frames(threads).into_iter();
+            let threads: Vec<_> = frames.map(|frame| scope.spawn(move || work(&frame))).collect();
             threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
         })
     }
@@ -264,12 +297,17 @@ impl<'a> Store<'a> {
     pub fn some(&self, count: usize, seed: u64) -> Vec<u32> {
         let live = self.live.lock().expect("no panic");
         let mut numbers: Vec<u32> = live.iter().rev().take(count).copied().collect();
-        let mut state = seed;
-        for last in (1..numbers.len()).rev() {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            numbers.swap(last, (state >> 33) as usize % (last + 1));
-        }
+        shuffle(&mut numbers, seed);
         numbers
+    }
+}
+
+/// The same order for the same seed.
+pub fn shuffle<T>(all: &mut [T], seed: u64) {
+    let mut state = seed;
+    for last in (1..all.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        all.swap(last, (state >> 33) as usize % (last + 1));
     }
 }
 

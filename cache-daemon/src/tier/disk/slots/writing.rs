@@ -15,7 +15,7 @@ use super::media::{self, SlotFile};
 use super::pages::Pages;
 use super::permits::Permits;
 use super::space::{Placement, SlotId, Spare};
-use crate::tier::disk::{DiskError, NewBlock, WriteFailure};
+use crate::tier::disk::{DiskError, NewBlock, READERS, READS_AT_ONCE, WriteFailure};
 
 /// Each file is this share of all: small enough that another geometry takes over piece by piece.
 const FILE_SHARE: u64 = 32;
@@ -25,9 +25,8 @@ pub const FILE_SLOTS_MIN: u64 = 8;
 const FILES_MIN: u64 = 4;
 /// One of them is always spare.
 const SEGMENTS_MIN: u64 = 16;
-/// Blocks written at once. Two threads overlap checksums with the drive; more keep it busy with small
-/// blocks: as many as read.
-const WRITE_THREADS: usize = crate::tier::disk::READS_AT_ONCE;
+/// Threads that write: while some check what is to be written, the drive has others' writes to do.
+const WRITERS: usize = READERS;
 /// Blocks with one sync of each of their files, and one of the index's log: some milliseconds, beside the forty
 /// that 16 blocks of 8 MB take.
 const SYNCED_AT_ONCE: usize = 16;
@@ -151,20 +150,15 @@ impl SlotTier {
     }
 
     /// Step 2 for one block.
-    fn fill(
-        &self,
-        block: &NewBlock<'_>,
-        place: &Place,
-        checks: &Permits,
-    ) -> Result<(), WriteFailure> {
-        if !checks.during(|| block.is_right()) {
+    fn fill(&self, block: &NewBlock<'_>, place: &Place, turns: &Turns) -> Result<(), WriteFailure> {
+        if !turns.checks.during(|| block.is_right()) {
             return Err(WriteFailure::Checksum);
         }
         let geometry = block.geometry;
         let mut page = Pages::new(1);
         place.slot.encode(&block.header.encode(geometry), &mut page);
         let at = slot_at(geometry, place.slot.at.slot);
-        let written = place.file.write_slot(&mut page, block.payload, at);
+        let written = turns.writes.during(|| place.file.write_slot(&mut page, block.payload, at));
         written.map_err(|source| {
             if is_media_failure(&source) {
                 self.lock().space.quarantine(place.slot.at);
@@ -194,18 +188,16 @@ impl SlotTier {
             }
         }
         let next = AtomicUsize::new(0);
-        // One check a core: more at once would all end late, and the drive would wait for the first.
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let checks = Permits::new(cores);
+        let turns = Turns::new();
         let (give, filled) = channel();
         let fill = |give: Sender<_>| {
             while let Some((number, place)) = placed.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let result = self.fill(&blocks[*number], place, &checks);
+                let result = self.fill(&blocks[*number], place, &turns);
                 let _ = give.send(Filled { number: *number, place, result }); // It is taken till the end.
             }
         };
         std::thread::scope(|scope| {
-            for _ in 0..WRITE_THREADS.min(placed.len()) {
+            for _ in 0..WRITERS.min(placed.len()) {
                 let give = give.clone();
                 scope.spawn(|| fill(give));
             }
@@ -290,6 +282,20 @@ impl SlotTier {
         for Filled { place, .. } in filled.iter().filter(|one| one.result.is_err()) {
             state.space.release(place.slot.at, place.slot.epoch);
         }
+    }
+}
+
+/// Who may do what at once.
+struct Turns {
+    /// One a core: more at once would all end late, and the drive would wait for the first.
+    checks: Permits,
+    writes: Permits,
+}
+
+impl Turns {
+    fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        Self { checks: Permits::new(cores), writes: Permits::new(READS_AT_ONCE) }
     }
 }
 
