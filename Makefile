@@ -60,8 +60,8 @@ crash: build weights ## Kill the cache daemon 400 times under SmolLM2; no wrong 
 crash-daemon: build ## Kill the cache daemon 1,000 times in saves, loads, promotes, slot and index writes; no wrong byte
 	@COLLOQUY_CRASH_KILLS=200 cargo test --profile ci --workspace --test crash --test migration -- cost_no_wrong_byte --nocapture
 
-soak: build ## The daemon under mixed work for half an hour (TURNS=230000); its memory stays what it was
-	@COLLOQUY_SOAK_TURNS=$(or $(TURNS),230000) cargo test --profile ci --workspace --test soak -- --nocapture
+soak: build ## The daemon under mixed work for half an hour (MINUTES=30); its memory stays what it was
+	@COLLOQUY_SOAK_MINUTES=$(or $(MINUTES),30) cargo test --profile ci --workspace --test soak -- --nocapture
 
 fuzz: prepare ## Fuzz every parser, and operations beside an oracle, guided by coverage (SECONDS=60)
 	@tests/fuzz/run $(or $(SECONDS),60)

@@ -10,15 +10,15 @@ use kv_protocol::{BlockKey, NumericsTag, Variant};
 use crate::batch::{ReadFrames, WriteFrame};
 
 /// One attachment, as long as anybody may still touch its frames. The link re-attaches early when the
-/// last span of the old attachment is gone: then no copy can be running.
+/// last frame of the old attachment is let go: then no copy can be running.
 #[derive(Debug)]
 pub(super) struct AttachmentLife {
     pub(super) table: FrameTable,
-    /// Spans dropped since the client last looked.
+    /// What was dropped since the client last looked.
     released: Mutex<Released>,
 }
 
-/// What dropped spans give back.
+/// What is given back by dropping it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Released {
     pub(super) pins: Vec<FrameHandle>,
