@@ -32,6 +32,13 @@ pub fn write_raw(name: &str, raw: &Value) -> anyhow::Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// Raw results that [`write_raw`] kept.
+pub fn read_raw(name: &str) -> anyhow::Result<Value> {
+    let path = repository().join("bench/results").join(format!("{name}.json"));
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
 /// The processor, in its maker's words.
 pub fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bars;
 pub mod client;
 pub mod cluster;
 pub mod conversation;

@@ -6,7 +6,8 @@
 //! into the arena), and all that wait move up a place and are hinted again. Two loads: 50 turns a second
 //! out of a queue of 200, a busy replica's, and 1,000 a second out of a queue of ten, many times what one
 //! serves. The time of the calls of a step is what it gets longer; beside it stands an idle step as long,
-//! which tells what the machine's own scheduler does to either. Raw quantiles: `bench/results/hints.json`.
+//! which tells what the machine's own scheduler does to either. Raw quantiles:
+//! `bench/results/hints.json`; as a picture: `docs/hints.svg`.
 
 #![forbid(unsafe_code)]
 
@@ -18,14 +19,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use colloquy_tests::figures::{cpu_name, figure, quantile, write_raw};
+use clap::Parser;
+use colloquy_tests::bars::{self, Panel, Scale};
+use colloquy_tests::figures::{cpu_name, figure, quantile, read_raw, write_raw};
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::{Dtype, Fingerprint, Geometry, RootKey};
 use runtime::cache_client::{
     Accept, CacheClient, CacheConfig, CacheEvent, Doorbell, Hint, NewBlock, NumericsTag, Query,
     SequenceTag, Variant,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Of the stand-in for an engine.
 const STEPS_PER_SECOND: u32 = 1_000;
@@ -44,6 +47,18 @@ const IDLE_STEP: Duration = Duration::from_micros(5);
 const CREDITS: usize = 200_000;
 /// Waits for the daemon end in an error after this.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What one step in a hundred may exceed, and one credit.
+const STEP_P99_MAX_US: f64 = 20.0;
+const CREDIT_P99_MAX_US: f64 = 5.0;
+
+/// Measures what the cache costs an engine step.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// Measure nothing: draw the results that were kept last.
+    #[arg(long)]
+    redraw: bool,
+}
 
 /// How often a turn starts, and how many wait. Their product is the rate of hints.
 #[derive(Debug, Clone, Copy)]
@@ -314,7 +329,35 @@ fn credits(engine: &mut Engine) -> anyhow::Result<Vec<f64>> {
     Ok(taken_us)
 }
 
+/// Raw results as `docs/hints.svg`; the dashes are what a step and a credit may cost.
+fn picture(raw: &Value) -> anyhow::Result<()> {
+    let bars = [
+        ("step", "/busy/step_us"),
+        ("answer read", "/busy/poll_us"),
+        ("enqueue", "/busy/enqueue_us"),
+        ("lookup", "/busy/lookup_us"),
+        ("dense step", "/dense/step_us"),
+        ("idle step", "/busy/idle_step_us"),
+        ("credit", "/credit_us"),
+    ];
+    let quantiles = [("median", "p50"), ("90 %", "p90"), ("99 %", "p99"), ("99.9 %", "p999")];
+    let groups = quantiles.map(|(label, quantile)| {
+        let value = |(_, at)| raw.pointer(&format!("{at}/{quantile}"))?.as_f64();
+        (label.to_owned(), bars.map(value).to_vec())
+    });
+    let panel = Panel {
+        title: "microseconds, all cores busy: a step and its parts, and taking a credit".into(),
+        scale: Scale::Logarithmic(0.01),
+        limits: vec![STEP_P99_MAX_US, CREDIT_P99_MAX_US],
+        groups: groups.to_vec(),
+    };
+    bars::draw("hints", &bars.map(|(name, _)| name), &[panel])
+}
+
 fn main() -> anyhow::Result<()> {
+    if Flags::parse().redraw {
+        return picture(&read_raw("hints")?);
+    }
     let folder = tempfile::tempdir()?;
     let _daemon = start_daemon(folder.path())?;
     let mut engine = Engine::attach(folder.path())?;
@@ -369,12 +412,11 @@ fn main() -> anyhow::Result<()> {
     figure("hints_per_second", hints / (busy.seconds + dense.seconds), "1/s");
     figure("hints_dropped", 100.0 * stats.hints_dropped as f64 / hints, "%");
     figure("blocks_found", 100.0 * busy.found_share(), "%");
-    write_raw(
-        "hints",
-        &json!({
-            "cpu": cpu_name(), "cores": cores, "steps": STEPS, "hints_per_step": HINTS_PER_STEP,
-            "blocks_per_turn": BLOCKS, "busy": busy.raw(BUSY), "dense": dense.raw(DENSE),
-            "credit_us": quantiles(&credits), "hints_dropped": stats.hints_dropped,
-        }),
-    )
+    let raw = json!({
+        "cpu": cpu_name(), "cores": cores, "steps": STEPS, "hints_per_step": HINTS_PER_STEP,
+        "blocks_per_turn": BLOCKS, "busy": busy.raw(BUSY), "dense": dense.raw(DENSE),
+        "credit_us": quantiles(&credits), "hints_dropped": stats.hints_dropped,
+    });
+    write_raw("hints", &raw)?;
+    picture(&raw)
 }

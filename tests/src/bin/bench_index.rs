@@ -7,7 +7,7 @@
 //! memtables) over a daemon with an empty store after as many lookups. The worker is killed, the kernel's
 //! page cache dropped where that is allowed, and the time counts from the kill: `restart_serving_s` to
 //! the first answer after which nothing was missed, `restart_complete_s` to the whole index.
-//! Raw results: `bench/results/index.json`.
+//! Raw results: `bench/results/index.json`; as a picture: `docs/index.svg`.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use cache_daemon::tier::disk::{Engine, NewBlock};
 use clap::Parser;
-use colloquy_tests::figures::{cpu_name, figure, quantile, write_raw};
+use colloquy_tests::bars::{self, Panel, Scale};
+use colloquy_tests::figures::{cpu_name, figure, quantile, read_raw, write_raw};
 use colloquy_tests::progress::Progress;
 use kv_protocol::geometry::LayerSet;
 use kv_protocol::{BlockHeader, BlockKey, Dtype, Fingerprint, Generation, Geometry, RootKey, Span};
@@ -40,6 +41,9 @@ const GROUP_BLOCKS: usize = 1024;
 /// Before memory is measured, and after a restart.
 const LOOKUPS: usize = 2_000;
 const HOST_BYTES: u64 = 256 << 20;
+/// What a block on disk may take in memory, and how soon after a restart a lookup has to be a hit.
+const BLOCK_BYTES_MAX: f64 = 200.0;
+const SERVING_MAX_S: f64 = 2.0;
 /// Waits end in an error after this.
 const PATIENCE: Duration = Duration::from_mins(3);
 
@@ -55,6 +59,9 @@ struct Flags {
     /// Kills of the worker.
     #[arg(long, default_value_t = 3)]
     kills: usize,
+    /// Measure nothing: draw the results that were kept last.
+    #[arg(long)]
+    redraw: bool,
 }
 
 fn geometry() -> anyhow::Result<Geometry> {
@@ -332,8 +339,39 @@ fn drop_page_cache() -> bool {
     std::fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
 }
 
+/// Raw results as `docs/index.svg`; the dashes are what a block may take, and when a lookup has to be a hit.
+fn picture(raw: &Value) -> anyhow::Result<()> {
+    let number = |value: &Value, at: &str| value.pointer(at).and_then(Value::as_f64);
+    let taken = number(raw, "/private_bytes_full")
+        .zip(number(raw, "/private_bytes_empty"))
+        .zip(number(raw, "/blocks"))
+        .map(|((full, empty), blocks)| (full - empty) / blocks);
+    let memory = Panel {
+        title: "bytes of memory a block on disk".into(),
+        scale: Scale::Linear,
+        limits: vec![BLOCK_BYTES_MAX],
+        groups: vec![(String::new(), vec![taken])],
+    };
+    let restarts = raw.pointer("/restarts").and_then(Value::as_array).into_iter().flatten();
+    let group = |(place, restart): (usize, &Value)| {
+        let at = ["/attached_s", "/serving_s", "/complete_s"];
+        let seconds = std::iter::once(None).chain(at.map(|at| number(restart, at))).collect();
+        (format!("kill {place}"), seconds)
+    };
+    let after = Panel {
+        title: "seconds from a kill of the worker: the runtime is attached, the first lookup is a hit, the index is complete".into(),
+        scale: Scale::Linear,
+        limits: vec![SERVING_MAX_S],
+        groups: (1..).zip(restarts).map(group).collect(),
+    };
+    bars::draw("index", &["memory", "attached", "serving", "complete"], &[memory, after])
+}
+
 fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
+    if flags.redraw {
+        return picture(&read_raw("index")?);
+    }
     ensure!(flags.blocks >= GROUP_BLOCKS && flags.kills > 0, "--blocks ≥ 1024 and --kills ≥ 1");
     let home = match &flags.dir {
         Some(dir) => tempfile::Builder::new().prefix("bench-index-").tempdir_in(dir)?,
@@ -406,19 +444,18 @@ fn main() -> anyhow::Result<()> {
             })
         })
         .collect();
-    write_raw(
-        "index",
-        &json!({
-            "cpu": cpu_name(),
-            "blocks": blocks,
-            "page_cache_dropped": cold,
-            "fill_s": fill_s,
-            "private_bytes_empty": empty_bytes,
-            "private_bytes_full": full_bytes,
-            "restarts": restarts,
-            "lookup_from_disk_us": {
-                "p50": quantile(&answers_us, 0.5), "p99": quantile(&answers_us, 0.99),
-            },
-        }),
-    )
+    let raw = json!({
+        "cpu": cpu_name(),
+        "blocks": blocks,
+        "page_cache_dropped": cold,
+        "fill_s": fill_s,
+        "private_bytes_empty": empty_bytes,
+        "private_bytes_full": full_bytes,
+        "restarts": restarts,
+        "lookup_from_disk_us": {
+            "p50": quantile(&answers_us, 0.5), "p99": quantile(&answers_us, 0.99),
+        },
+    });
+    write_raw("index", &raw)?;
+    picture(&raw)
 }

@@ -11,7 +11,6 @@
 
 mod fio;
 mod foyer;
-mod plot;
 mod store;
 
 use std::collections::BTreeMap;
@@ -22,12 +21,12 @@ use std::time::Instant;
 use anyhow::Context as _;
 use cache_daemon::tier::disk::{GROUP_MAX, READERS, READS_AT_ONCE};
 use clap::Parser;
+use colloquy_tests::bars::{self, Panel, Scale};
 use colloquy_tests::figures::{figure, median, write_raw};
 use serde_json::json;
 
 use fio::{Way, Work};
 use foyer::Foyer;
-use plot::Panel;
 use store::{Blocks, STORES, Store, allocated, forget_cached};
 
 const MIB: u64 = 1 << 20;
@@ -296,7 +295,12 @@ fn main() -> anyhow::Result<()> {
     let names: Vec<&str> = names.collect();
     let columns = names.iter().map(|name| format!("{name:>10}")).collect::<Vec<_>>().concat();
     println!("{:>6}  {:24}{columns}", "MiB", "");
-    let mut panels = WORKS.map(|title| Panel { title, groups: Vec::new() });
+    let mut panels = WORKS.map(|work| Panel {
+        title: format!("{work}, GB/s"),
+        scale: Scale::Linear,
+        limits: Vec::new(),
+        groups: Vec::new(),
+    });
     for block_mib in &flags.block_mib {
         let passes = throughput(&flags, &dir, foyer.as_deref(), *block_mib)?;
         for (work, panel) in WORKS.into_iter().zip(&mut panels) {
@@ -308,7 +312,7 @@ fn main() -> anyhow::Result<()> {
             let columns = rates.iter().map(column).collect::<Vec<_>>().concat();
             println!("{block_mib:>6}  {work:24}{columns}");
             let scaled = rates.iter().map(|rate| rate.map(|rate| rate / 1e9)).collect();
-            panel.groups.push((*block_mib, scaled));
+            panel.groups.push((format!("{block_mib} MiB"), scaled));
             let ratio = of(SLOTS).zip(of(FIO[0].0)).map_or(0.0, |(slots, fio)| slots / fio);
             if *block_mib == FIGURE_MIB {
                 match work {
@@ -327,7 +331,7 @@ fn main() -> anyhow::Result<()> {
     if !flags.only.is_empty() {
         return Ok(std::fs::remove_dir_all(&dir)?);
     }
-    plot::draw(&names, &panels)?;
+    bars::draw("disk-throughput", &names, &panels)?;
     let mut amplifications = Vec::new();
     for name in STORES {
         let (write, space) = amplification(&flags, &dir, name)?;
