@@ -27,6 +27,28 @@ pub struct Carried {
     pub sent: u64,
 }
 
+impl Carried {
+    /// What was asked, without what took it back: whether the asker's last words left it before its end
+    /// is chance, and with them a source may owe no answer any more (RFC 9113: preface 3.4, frame 4.1,
+    /// RST_STREAM 6.4, GOAWAY 6.8).
+    pub fn request(&self) -> Vec<u8> {
+        const PREFACE: usize = 24;
+        const HEAD: usize = 9;
+        const TAKEN_BACK: [u8; 2] = [3, 7];
+        let (preface, mut frames) = self.asked.split_at(PREFACE);
+        let mut request = preface.to_vec();
+        while let [a, b, c, kind, ..] = *frames {
+            let payload = u32::from_be_bytes([0, a, b, c]) as usize;
+            let (frame, rest) = frames.split_at(frames.len().min(HEAD + payload));
+            if !TAKEN_BACK.contains(&kind) {
+                request.extend_from_slice(frame);
+            }
+            frames = rest;
+        }
+        request
+    }
+}
+
 /// See the module.
 pub struct Proxy {
     pub address: SocketAddr,
