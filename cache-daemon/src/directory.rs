@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 use kv_protocol::message::KeyList;
+use kv_protocol::start::Start;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
 use crate::key_map::{KeyMap, KeyState};
@@ -260,20 +261,22 @@ pub struct Directory {
     gone_order: VecDeque<u64>,
     changed: Vec<EntryId>,
     now_ms: u64,
-    /// Events behind what all tenants share, and the depth of the first block after each: lists tell.
+    /// What hangs under no block of its own chain, by its parent, and how deep it is: lists tell.
     branches: KeyMap<u32>,
 }
 
 impl Directory {
-    /// Learns from a list where the tenant's own part begins: its first block has no block as parent.
-    pub fn learn_branch(&mut self, list: &KeyList) {
-        let blocks = list.start.shared_blocks();
-        if blocks > 0 && blocks <= list.keys.len() {
+    /// Learns from a list how deep what hangs under an event is: no block has the event's name.
+    pub fn learn_branches(&mut self, list: &KeyList) {
+        let Start { shared, runs, .. } = &list.start;
+        let places = shared.iter().map(|shared| shared.blocks);
+        let places = places.chain(runs.iter().map(|run| run.first_block));
+        for place in places.filter(|place| (1..=list.keys.len() as u32).contains(place)) {
             if self.branches.len() >= BRANCHES_MAX {
                 self.branches.clear(); // They are told again with each list.
             }
-            let parent = list.start.parent_of(blocks, &list.keys);
-            self.branches.insert(parent, blocks as u32);
+            let parent = list.start.parent_of(place as usize, &list.keys);
+            self.branches.insert(parent, place);
         }
     }
 
@@ -707,9 +710,9 @@ impl Directory {
     }
 
     fn why_gone(&self, key: &BlockKey, list: &KeyList, index: usize) -> MissReason {
-        // Under a root, or behind what all share, every other conversation is a sibling: that is no
-        // divergence.
-        let is_branch = index == 0 || index == list.start.shared_blocks();
+        // Under a root, behind what all share, and where a truncation took something out, others may hang
+        // without a divergence.
+        let is_branch = list.start.is_branch(index);
         let parent = self.node_of(&list.start.parent_of(index, &list.keys));
         let has_siblings = !is_branch
             && parent.is_some_and(|id| self.nodes[id.index()].newest_child != EntryId::NONE);

@@ -80,7 +80,7 @@ impl Outline {
     pub fn of(record: &Record, keys: &[BlockKey]) -> Self {
         Self {
             root: record.root,
-            shared: record.start().shared,
+            shared: record.shared,
             name: record.name.as_str().into(),
             tokens: record.tokens.len() as u32,
             dropped_tokens: record.dropped_tokens,
@@ -97,7 +97,7 @@ impl Outline {
 
     /// Under which root a full block is stored.
     pub fn root_of(&self, index: usize) -> RootKey {
-        Start { root: self.root, shared: self.shared }.root_of(index)
+        Start { shared: self.shared, ..self.root.into() }.root_of(index)
     }
 
     /// Full blocks that both have, from the start.

@@ -281,7 +281,7 @@ impl Store {
     /// A turn is foretold; `list` is what it will read.
     pub fn hint(&mut self, id: TurnId, hint: Hint, list: &KeyList) {
         let ticket = self.ticket(id, hint);
-        self.directory.learn_branch(list);
+        self.directory.learn_branches(list);
         let links = self.directory.lookup(list).links;
         // The rest of the list as well: its blocks may still be on their way here.
         let known = links.len();
@@ -449,7 +449,7 @@ impl Store {
 
     /// Finds the longest known prefix; pins what is in frames and asks for what is on disk.
     pub fn lookup(&mut self, waiter: Waiter, list: &KeyList, now_ms: u64) -> LookedUp {
-        self.directory.learn_branch(list);
+        self.directory.learn_branches(list);
         let chain = self.directory.lookup(list);
         let whole = self.count_lookup(list, &chain, now_ms);
         let mut found = LookedUp { miss: chain.miss, whole, ..LookedUp::default() };

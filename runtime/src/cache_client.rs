@@ -43,7 +43,7 @@ use crate::batch::{FoundFrame, WriteFrame};
 
 pub use bell::{Doorbell, Waker};
 pub use kv_protocol::message::{ANTICIPATED_FOR, Hint, SequenceTag, Tier};
-pub use kv_protocol::start::{Shared, Start};
+pub use kv_protocol::start::{Run, Shared, Start};
 pub use kv_protocol::{
     Accept, ConversationId, Fingerprint, MissReason, NumericsTag, RootKey, Variant,
 };
@@ -543,7 +543,7 @@ impl Attachment {
         let Query { start, accept, tokens, keys } = &asked.query;
         let tokens_per_block = usize::from(self.life.table.geometry().tokens_per_block());
         let tail = tokens[keys.len() * tokens_per_block..].to_vec();
-        let list = KeyList { start: *start, accept: *accept, keys: keys.to_vec(), tail };
+        let list = KeyList { start: start.clone(), accept: *accept, keys: keys.to_vec(), tail };
         self.write_arena(&list.encode()).map(Some).ok_or(())
     }
 

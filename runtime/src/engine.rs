@@ -358,7 +358,7 @@ impl<C: Cache> Engine<C> {
         self.save_closing();
         let again = self.flight.is_none() && self.launch();
         self.count();
-        again
+        self.announce_renamed() || again
     }
 
     /// Schedules and submits a step; its blocks that become full are saved behind it. Whether nothing
@@ -464,11 +464,11 @@ impl<C: Cache> Engine<C> {
         let name = request.conversation.as_ref();
         let anticipated = name
             .and_then(|name| self.anticipations.take(ConversationId::new(&root, name.as_bytes())));
-        let start = self.config.shared_prefixes.start(root, &request.tokens);
+        let unbroken = self.config.shared_prefixes.start(root, &request.tokens);
         let sequence = Sequence::new(
             id,
             (self.clock)(),
-            start,
+            unbroken,
             request,
             &self.config.end_tokens,
             self.state.pool.tokens_per_block(),
@@ -650,6 +650,9 @@ impl<C: Cache> Engine<C> {
         if self.state.running[at].accounting == Accounting::Open {
             let account = self.account(&self.state.running[at]);
             self.state.running[at].accounting = Accounting::Known(account);
+            if self.state.running[at].start.kept_blocks() > 0 {
+                self.stats.truncated.with_label_values(&["found"]).inc();
+            }
         }
         let sequence = &mut self.state.running[at];
         if !std::mem::replace(&mut sequence.started, true) {

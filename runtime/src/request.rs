@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::account::Account;
-use crate::cache_client::Unavailable;
+use crate::cache_client::{Start, Unavailable};
 
 /// What the client asked to be generated; token ids are final (template and tokenizer ran before).
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct Generate {
     pub cache: CacheUse,
     /// The client's name for the conversation, if it gave one; kept beside its record.
     pub conversation: Option<Arc<str>>,
+    /// Of a truncated conversation, where its blocks hang. Of others the prompt says it.
+    pub start: Option<Start>,
     /// Sampling settings; `seed` is drawn by http where the client gave none.
     pub sampling: SamplingParams,
     /// Most tokens to generate; http has checked that prompt + this fits the context.
@@ -38,6 +40,8 @@ pub struct Anticipate {
     pub conversation: Arc<str>,
     /// The conversation so far, as its record has it: what the turn's prompt will begin with.
     pub tokens: Arc<[u32]>,
+    /// See [`Generate::start`].
+    pub start: Option<Start>,
     /// Told, or there is nobody to tell.
     pub answer: oneshot::Sender<Result<(), Unavailable>>,
 }
@@ -129,8 +133,11 @@ pub enum FinishReason {
 }
 
 /// Progress of one generation, in order: `Started` and `Prompt` once, tokens, one `Finished`; or a `Failed`.
+/// `Unbroken` comes at most once, before any of them or after a preemption.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// Not all that a truncation kept was found: the history is computed anew, as one unbroken chain.
+    Unbroken,
     /// Admitted.
     Started,
     /// The prompt's KV is complete: where each of its tokens came from, for good.

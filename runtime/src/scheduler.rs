@@ -54,6 +54,8 @@ pub struct State {
     pub running: Vec<Sequence>,
     /// Finished, holding blocks that are still to be saved; the first to give way.
     pub closing: VecDeque<Sequence>,
+    /// Waiting sequences whose chain is another one than the cache was told.
+    pub renamed: Vec<SequenceId>,
     next_load: u64,
 }
 
@@ -72,6 +74,15 @@ pub struct Decision {
     pub unsaved: u32,
 }
 
+/// Why no blocks were reserved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum NotPlaced {
+    /// The pool has not enough; nothing changed.
+    NoRoom,
+    /// The chain of a truncated history is not all there: the cache has to be asked for another one.
+    Renamed,
+}
+
 impl State {
     /// Nothing runs, nothing waits.
     pub fn new(limits: Limits, pool: BlockPool, sets: SkipSets) -> Self {
@@ -87,6 +98,7 @@ impl State {
             waiting: VecDeque::new(),
             running: Vec::new(),
             closing: VecDeque::new(),
+            renamed: Vec::new(),
             next_load: 0,
         }
     }
@@ -138,8 +150,10 @@ pub fn place_ahead(state: &mut State, now: Duration, rates: &Rates) -> Vec<Place
             continue;
         }
         match place(state, at, reserved, now, rates) {
-            Some(placement) => placed.push(placement),
-            None => break, // Not before the others: they would take the blocks it waits for.
+            Ok(placement) => placed.push(placement),
+            Err(NotPlaced::Renamed) => reserved += state.pool.blocks_for(state.waiting[at].len()),
+            // Not before the others: they would take the blocks it waits for.
+            Err(NotPlaced::NoRoom) => break,
         }
     }
     placed
@@ -172,10 +186,16 @@ pub fn schedule(state: &mut State, now: Duration, rates: &Rates) -> Decision {
             }
             Gate::Placed { .. } => {}
             Gate::Open => match place(state, at, 0, now, rates) {
-                Some(placement) => decision.placed.push(placement),
+                Ok(placement) => decision.placed.push(placement),
+                Err(NotPlaced::Renamed) => continue,
                 // Nothing runs, so that nothing but what waits behind this one can be in its way.
-                None if state.running.is_empty() && give_way(state, &mut decision) => continue,
-                None => break, // Whoever comes later waits as well: nobody overtakes for blocks.
+                Err(NotPlaced::NoRoom)
+                    if state.running.is_empty() && give_way(state, &mut decision) =>
+                {
+                    continue;
+                }
+                // Whoever comes later waits as well: nobody overtakes for blocks.
+                Err(NotPlaced::NoRoom) => break,
             },
         }
         let Some(sequence) = state.waiting.remove(at) else { break };
@@ -273,17 +293,17 @@ fn give_way(state: &mut State, decision: &mut Decision) -> bool {
     true
 }
 
-/// Reserves blocks for what device and cache hold of a waiting sequence's history; `None`, and
-/// nothing changed, when the pool has not enough for all its tokens beside `reserved` blocks and one
-/// for each running sequence.
+/// Reserves blocks for what device and cache hold of a waiting sequence's history; [`NotPlaced::NoRoom`]
+/// when the pool has not enough for all its tokens beside `reserved` blocks and one for each running
+/// sequence.
 fn place(
     state: &mut State,
     at: usize,
     reserved: u32,
     now: Duration,
     rates: &Rates,
-) -> Option<Placement> {
-    let State { pool, waiting, sets, running, next_load, .. } = state;
+) -> Result<Placement, NotPlaced> {
+    let State { pool, waiting, sets, running, renamed, next_load, .. } = state;
     let sequence = &mut waiting[at];
     let size = pool.tokens_per_block();
     let usable = sequence.reusable(sets);
@@ -295,7 +315,7 @@ fn place(
     if pool.free_count() < missing + running.len() as u32 + reserved {
         let blocks: Vec<_> = device.iter().map(|&(block, _)| block).collect();
         pool.release_table(&blocks);
-        return None;
+        return Err(NotPlaced::NoRoom);
     }
 
     let offered =
@@ -320,6 +340,13 @@ fn place(
         slower_than_recompute = std::mem::take(&mut load_tokens);
         full = device.len();
         (device_tail, frame_tail) = (tails(full).0, 0);
+    }
+    if !sequence.has_kept(full) {
+        let blocks: Vec<_> = device.iter().map(|&(block, _)| block).collect();
+        pool.release_table(&blocks);
+        sequence.rename();
+        renamed.push(sequence.id);
+        return Err(NotPlaced::Renamed);
     }
 
     // From here on nothing fails: the blocks are there. The tail first, or it might be among those taken.
@@ -369,7 +396,7 @@ fn place(
     sequence.waits = load.into_iter().collect();
     let new_tokens = sequence.len() - sequence.computed;
     sequence.gate = Gate::Placed { admit_at: now + rates.load_lead(load_tokens, new_tokens) };
-    Some(Placement {
+    Ok(Placement {
         sequence: sequence.id,
         device_tokens,
         load,

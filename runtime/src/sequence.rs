@@ -123,8 +123,10 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// Of `tokens`, the prompt.
     pub prompt_len: u32,
-    /// Where its chain begins.
+    /// Where its blocks hang.
     pub start: Start,
+    /// Of a truncated history, where they hang if it has to be computed anew.
+    unbroken: Option<Start>,
     /// What its request lets the cache do.
     pub cache: CacheUse,
     /// Keys of the full blocks of `tokens`.
@@ -169,11 +171,12 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that just arrived.
+    /// A sequence that just arrived. `unbroken` is where its blocks hang, unless the request says that its
+    /// history was truncated.
     pub fn new(
         id: SequenceId,
         arrived: Duration,
-        start: Start,
+        unbroken: Start,
         request: Generate,
         end_tokens: &Arc<[u32]>,
         tokens_per_block: u32,
@@ -185,12 +188,18 @@ impl Sequence {
             }
             None => Extras::Off,
         };
+        let truncated = request.start.filter(|start| start.root == unbroken.root);
+        let (start, unbroken) = match truncated {
+            Some(truncated) => (truncated, Some(unbroken)),
+            None => (unbroken, None),
+        };
         let mut sequence = Self {
             id,
             arrived,
             prompt_len: request.tokens.len() as u32,
             tokens: request.tokens,
             start,
+            unbroken,
             cache: request.cache,
             keys: Vec::new(),
             table: Vec::new(),
@@ -255,6 +264,23 @@ impl Sequence {
             );
             self.keys.push(key);
         }
+    }
+
+    /// Whether its first `full` blocks are all that truncations kept: those cannot be computed anew under
+    /// their names, for what they followed is gone.
+    pub fn has_kept(&self, full: usize) -> bool {
+        full >= self.start.kept_blocks()
+    }
+
+    /// Not all that truncations kept is to be had. The tokens are computed as an unbroken chain, which has
+    /// names of its own.
+    pub fn rename(&mut self) {
+        let Some(unbroken) = self.unbroken.take() else { return };
+        self.start = unbroken;
+        self.keys.clear();
+        self.name_full_blocks();
+        self.reset();
+        self.send(Event::Unbroken);
     }
 
     /// The key before block `index`.

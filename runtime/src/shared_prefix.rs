@@ -29,7 +29,8 @@ impl SharedPrefixes {
         let blocks = longest / self.tokens_per_block;
         // The public tenant's chain is the declared prompt's already.
         let is_split = blocks > 0 && root != self.public;
-        Start { root, shared: is_split.then_some(Shared { root: self.public, blocks }) }
+        let shared = is_split.then_some(Shared { root: self.public, blocks });
+        Start { shared, ..root.into() }
     }
 }
 

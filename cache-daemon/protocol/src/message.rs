@@ -3,12 +3,13 @@
 //!
 //! A decoder gets a private copy of the words. Unknown kinds and codes are errors: the peer is detached.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::frame::{FrameIndex, Generation};
 use crate::key::{BlockKey, ConversationId, KEY_BYTES, RootKey};
 use crate::layout::{ARENA_BYTES, CONVERSATION_RECORD_BYTES_MAX, SEQUENCE_KEYS_MAX};
-use crate::start::{Shared, Start};
+use crate::start::{RUNS_MAX, Run, Shared, Start};
 use crate::variant::{Accept, NUMERICS_BYTES, NumericsTag, VARIANT_BYTES, Variant};
 
 /// An entry as it lies in the ring.
@@ -549,10 +550,10 @@ impl Completion {
 /// What a sequence wants to read: written once into the arena, then named by its sequence.
 ///
 /// `kind u32 ‖ keys u32 ‖ tail u32 ‖ shared blocks u32 ‖ variant 32 ‖ numerics 16 ‖ root 32 ‖ shared root 32 ‖
-/// keys 32 each ‖ tail u32 each`
+/// runs u32 ‖ keys 32 each ‖ runs 36 each: parent 32, first block u32 ‖ tail u32 each`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyList {
-    /// Model and tenant, and what every tenant shares.
+    /// Where the blocks hang.
     pub start: Start,
     /// Which blocks it takes.
     pub accept: Accept,
@@ -562,7 +563,8 @@ pub struct KeyList {
     pub tail: Vec<u32>,
 }
 
-const KEY_LIST_FIXED_BYTES: usize = 16 + VARIANT_BYTES + NUMERICS_BYTES + 2 * KEY_BYTES;
+const KEY_LIST_FIXED_BYTES: usize = 16 + VARIANT_BYTES + NUMERICS_BYTES + 2 * KEY_BYTES + 4;
+const RUN_BYTES: usize = KEY_BYTES + 4;
 
 impl KeyList {
     /// Bytes for the arena; lists longer than [`SEQUENCE_KEYS_MAX`] are cut there (a shorter prefix
@@ -571,7 +573,12 @@ impl KeyList {
         let cut = self.keys.len() > SEQUENCE_KEYS_MAX as usize;
         let keys = &self.keys[..self.keys.len().min(SEQUENCE_KEYS_MAX as usize)];
         let tail: &[u32] = if cut { &[] } else { &self.tail };
-        let mut bytes = Vec::with_capacity(KEY_LIST_FIXED_BYTES + 32 * keys.len() + 4 * tail.len());
+        // Those behind the keys that are told say nothing; one right behind them, what the tail follows.
+        let told = self.start.runs.partition_point(|run| run.first_block as usize <= keys.len());
+        let runs = &self.start.runs[..told.min(RUNS_MAX)];
+        let mut bytes = Vec::with_capacity(
+            KEY_LIST_FIXED_BYTES + KEY_BYTES * keys.len() + RUN_BYTES * runs.len() + 4 * tail.len(),
+        );
         let (kind, variant, numerics) = match self.accept {
             Accept::Own { variant, numerics } => (1u32, variant.encode(), numerics.0),
             Accept::Any => (2, [0; VARIANT_BYTES], [0; NUMERICS_BYTES]),
@@ -585,8 +592,13 @@ impl KeyList {
         bytes.extend_from_slice(&numerics);
         bytes.extend_from_slice(&self.start.root.0);
         bytes.extend_from_slice(&shared.map_or([0; KEY_BYTES], |shared| shared.root.0));
+        bytes.extend_from_slice(&(runs.len() as u32).to_le_bytes());
         for key in keys {
             bytes.extend_from_slice(&key.0);
+        }
+        for run in runs {
+            bytes.extend_from_slice(&run.parent.0);
+            bytes.extend_from_slice(&run.first_block.to_le_bytes());
         }
         for token in tail {
             bytes.extend_from_slice(&token.to_le_bytes());
@@ -612,8 +624,15 @@ impl KeyList {
             let (found, limit) = (shared_blocks.into(), keys.into());
             return Err(MessageError::Bound { what: "shared blocks of a list", found, limit });
         }
-        let (key_part, tail_part) =
+        let runs = u32_le(&fixed[KEY_LIST_FIXED_BYTES - 4..]);
+        if runs > RUNS_MAX as u32 {
+            let (found, limit) = (runs.into(), RUNS_MAX as u64);
+            return Err(MessageError::Bound { what: "runs of a list", found, limit });
+        }
+        let (key_part, rest) =
             rest.split_at_checked(KEY_BYTES * keys as usize).ok_or(wrong_length)?;
+        let (run_part, tail_part) =
+            rest.split_at_checked(RUN_BYTES * runs as usize).ok_or(wrong_length)?;
         if tail_part.len() != 4 * tail as usize {
             return Err(wrong_length);
         }
@@ -627,8 +646,22 @@ impl KeyList {
             2 => Accept::Any,
             code => return Err(MessageError::Code { field: "accept kind", code: code.into() }),
         };
+        let run = |bytes: &[u8]| Run {
+            parent: BlockKey(array(&bytes[..KEY_BYTES])),
+            first_block: u32_le(&bytes[KEY_BYTES..]),
+        };
+        let runs: Arc<[Run]> = run_part.chunks_exact(RUN_BYTES).map(run).collect();
+        // Ascending, and none behind what follows the last key.
+        let limits = runs.iter().skip(1).map(|next| next.first_block).chain([keys + 1]);
+        if let Some((run, limit)) =
+            runs.iter().zip(limits).find(|(run, limit)| run.first_block >= *limit)
+        {
+            let (found, limit) = (run.first_block.into(), u64::from(limit) - 1);
+            return Err(MessageError::Bound { what: "place of a run", found, limit });
+        }
         Ok(Self {
             start: Start {
+                runs,
                 root: RootKey(array(&fixed[64..96])),
                 shared: (shared_blocks > 0).then(|| Shared {
                     root: RootKey(array(&fixed[96..128])),
@@ -770,10 +803,12 @@ mod tests {
 
     #[test]
     fn lists_read_back() {
+        let run = |(key, first_block)| Run { parent: BlockKey([key; 32]), first_block };
         let list = KeyList {
             start: Start {
                 root: RootKey([1; 32]),
                 shared: Some(Shared { root: RootKey([9; 32]), blocks: 1 }),
+                runs: [(4, 0), (6, 1), (7, 2)].map(run).into(),
             },
             accept: Accept::Own { variant: Variant::Exact, numerics: NumericsTag::of("x") },
             keys: vec![BlockKey([2; 32]), BlockKey([3; 32])],
@@ -782,6 +817,36 @@ mod tests {
         assert_eq!(KeyList::decode(&list.encode()), Ok(list));
         let blocks = [FoundBlock { index: 1, handle: handle(), tier: Tier::Disk }];
         assert_eq!(BlockList::decode(&BlockList::encode(&blocks)), Ok(blocks.to_vec()));
+    }
+
+    #[test]
+    fn runs_that_do_not_ascend_or_hang_behind_the_end_are_refused() {
+        let list = |places: &[u32]| {
+            let run = |&first_block| Run { parent: BlockKey([7; 32]), first_block };
+            let runs = places.iter().map(run).collect();
+            let start = Start { runs, ..RootKey([1; 32]).into() };
+            let list =
+                KeyList { start, accept: Accept::Any, keys: vec![BlockKey([2; 32])], tail: vec![] };
+            KeyList::decode(&list.encode())
+        };
+        assert!(list(&[0, 1]).is_ok());
+        assert!(list(&[0, 0]).is_err());
+        assert!(list(&[1, 0]).is_err());
+        // One that says nothing of these keys is not told.
+        assert_eq!(list(&[0, 2]).map(|list| list.start.runs.len()), Ok(1));
+        let mut bytes = KeyList {
+            start: Start {
+                runs: [Run { parent: BlockKey([7; 32]), first_block: 0 }].into(),
+                ..RootKey([1; 32]).into()
+            },
+            accept: Accept::Any,
+            keys: vec![],
+            tail: vec![],
+        }
+        .encode();
+        let at = bytes.len() - 4;
+        bytes[at] = 1;
+        assert!(KeyList::decode(&bytes).is_err());
     }
 
     #[test]

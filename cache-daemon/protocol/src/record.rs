@@ -15,14 +15,14 @@ use crate::bytes::{array_at, u16_at, u32_at, u64_at};
 use crate::geometry::TOKENS_PER_BLOCK_MAX;
 use crate::key::{BlockKey, Event, KEY_BYTES, RootKey};
 use crate::layout::CONVERSATION_RECORD_BYTES_MAX;
-use crate::start::{Shared, Start};
+use crate::start::{RUNS_MAX, Run, Shared, Start};
 
-/// Version of a record's bytes. Bytes of version 1 were the runtime's own and are no record.
-pub const RECORD_VERSION: u32 = 2;
+/// Version of a record's bytes. Version 2, which is read as well, has no count of shared blocks; bytes of
+/// version 1 were the runtime's own and are no record.
+pub const RECORD_VERSION: u32 = 3;
+const VERSION_BEFORE: u32 = 2;
 /// Bytes of a conversation's name, as the runtime's API takes it.
 pub const NAME_BYTES_MAX: usize = 256;
-/// Runs of a record: a conversation that is truncated again and again loses old runs with their blocks.
-pub const RUNS_MAX: usize = 64;
 /// Former blocks remembered: the last edits of a conversation of usual length.
 pub const FORMER_MAX: usize = 1024;
 
@@ -37,34 +37,29 @@ const AT_RUNS: usize = 64;
 const AT_DROPPED: usize = 68;
 const AT_FORMER: usize = 72;
 const AT_CLIENT_BYTES: usize = 76;
+const AT_SHARED: usize = 80;
 /// Bytes before the name.
-const FIXED_BYTES: usize = 80;
+const FIXED_BYTES: usize = 84;
+const FIXED_BYTES_BEFORE: usize = 80;
 const RUN_BYTES: usize = KEY_BYTES + 4;
 /// In the place of a time that is not given.
 const NO_TIME: u64 = u64::MAX;
 
 const _: () = {
     assert!(AT_ROOT + KEY_BYTES == AT_NAME_BYTES);
-    assert!(AT_CLIENT_BYTES + 4 == FIXED_BYTES);
+    assert!(AT_SHARED + 4 == FIXED_BYTES);
     // A long name, all runs and all former blocks leave room for a history.
     let most = FIXED_BYTES + NAME_BYTES_MAX + RUN_BYTES * RUNS_MAX + 8 * FORMER_MAX;
     assert!(most * 8 <= CONVERSATION_RECORD_BYTES_MAX as usize);
 };
-
-/// Consecutive blocks of a chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// What the run's first block follows: the root, a block that was dropped, or an event.
-    pub parent: BlockKey,
-    /// Place of that block in the kept history, in blocks.
-    pub first_block: u32,
-}
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     /// Model and tenant.
     pub root: RootKey,
+    /// What of the kept history is every tenant's; its root is what the first run follows.
+    pub shared: Option<Shared>,
     /// The client's own name for the conversation.
     pub name: String,
     /// Of the geometry under which the blocks were computed.
@@ -155,6 +150,15 @@ pub enum TruncateError {
         /// Full blocks there are.
         blocks: usize,
     },
+    /// Half of what every tenant shares.
+    #[error(
+        "the first {shared} blocks are a prompt that all tenants share: keep them (sinks of at least \
+         {shared}) or drop them all"
+    )]
+    Shared {
+        /// Blocks of that prompt.
+        shared: usize,
+    },
     /// Truncated too often, with each time blocks kept in between.
     #[error("the history would be in {runs} runs, at most {RUNS_MAX} are kept: drop more at once")]
     Runs {
@@ -164,7 +168,7 @@ pub enum TruncateError {
 }
 
 impl Record {
-    /// A conversation that was never truncated. What it shares with every tenant is a run of its own.
+    /// A history of which truncations have taken nothing out, or with the runs that they left.
     pub fn new(
         start: impl Into<Start>,
         name: String,
@@ -172,15 +176,22 @@ impl Record {
         tokens: Vec<u32>,
     ) -> Self {
         let start: Start = start.into();
-        let shared = start.shared_blocks();
-        let mut runs = vec![Run { parent: start.root_of(0).as_parent(), first_block: 0 }];
-        let shared_tokens = tokens.get(..shared * usize::from(tokens_per_block));
-        let shared_keys = shared_tokens.map(|tokens| start.chain(tokens, tokens_per_block));
-        if let Some(last) = shared_keys.as_ref().and_then(|keys| keys.last()) {
-            runs.push(Run { parent: start.private_parent(last), first_block: shared as u32 });
+        let blocks = tokens.len() / usize::from(tokens_per_block);
+        let shared = start.shared.filter(|shared| shared.blocks as usize <= blocks);
+        let mut runs = start.runs.to_vec();
+        if runs.is_empty() {
+            let first = shared.map_or(start.root, |shared| shared.root);
+            runs.push(Run { parent: first.as_parent(), first_block: 0 });
+            if let Some(Shared { blocks, .. }) = shared {
+                let end = blocks as usize * usize::from(tokens_per_block);
+                let keys = start.chain(&tokens[..end], tokens_per_block);
+                let parent = start.parent_of(keys.len(), &keys);
+                runs.push(Run { parent, first_block: blocks });
+            }
         }
         Self {
             root: start.root,
+            shared,
             name,
             tokens_per_block,
             tokens,
@@ -193,17 +204,10 @@ impl Record {
         }
     }
 
-    /// Where its chain begins. A truncated history is its tenant's alone: what it shared may be gone.
+    /// Where its blocks hang.
     pub fn start(&self) -> Start {
-        let shared = match self.runs.as_slice() {
-            [public, private, ..]
-                if self.dropped_tokens == 0 && public.parent != self.root.as_parent() =>
-            {
-                Some(Shared { root: RootKey(public.parent.0), blocks: private.first_block })
-            }
-            _ => None,
-        };
-        Start { root: self.root, shared }
+        let runs = if self.dropped_tokens > 0 { self.runs.as_slice() } else { &[] };
+        Start { root: self.root, shared: self.shared, runs: runs.into() }
     }
 
     /// Full blocks of the kept history.
@@ -218,28 +222,16 @@ impl Record {
 
     /// Keys of the full blocks, in order.
     pub fn keys(&self) -> Vec<BlockKey> {
-        let mut runs = self.runs.iter().peekable();
-        let mut parent = self.root.as_parent();
-        let blocks = self.tokens.chunks_exact(usize::from(self.tokens_per_block));
-        let key = |(index, tokens): (usize, &[u32])| {
-            if let Some(run) = runs.next_if(|run| run.first_block as usize == index) {
-                parent = run.parent;
-            }
-            parent = BlockKey::child(&parent, tokens);
-            parent
-        };
-        blocks.enumerate().map(key).collect()
+        self.start().chain(&self.tokens, self.tokens_per_block)
     }
 
     /// What the block behind the last full one follows; `keys` are the record's.
     pub fn open_parent(&self, keys: &[BlockKey]) -> BlockKey {
-        let open = self.runs.last().filter(|run| run.first_block as usize >= keys.len());
-        let last = keys.last().copied();
-        open.map(|run| run.parent).or(last).unwrap_or_else(|| self.root.as_parent())
+        self.start().parent_of(keys.len(), keys)
     }
 
     /// Takes `dropped` blocks out of the history, behind `sinks` blocks that stay at its start. The tail's
-    /// tokens stay; its KV is computed anew, under the event.
+    /// tokens stay; its KV is computed anew, under the event. What every tenant shares is kept or dropped whole.
     pub fn truncate(&mut self, sinks: u32, dropped: u32) -> Result<Event, TruncateError> {
         let keys = self.keys();
         let blocks = keys.len();
@@ -248,6 +240,11 @@ impl Record {
             return Err(TruncateError::Range { sinks, dropped, blocks });
         }
         let resumed = resumed as usize;
+        let shared =
+            self.shared.map(|shared| Shared { blocks: shared.blocks.min(sinks), ..shared });
+        if self.shared != shared && resumed < self.start().shared_blocks() {
+            return Err(TruncateError::Shared { shared: self.start().shared_blocks() });
+        }
         let tokens_per_block = u32::from(self.tokens_per_block);
         let event = Event::Truncated {
             sinks: sinks * tokens_per_block,
@@ -276,6 +273,7 @@ impl Record {
         let place = |blocks: usize| blocks * usize::from(self.tokens_per_block);
         self.tokens.drain(place(sinks as usize)..place(resumed));
         self.runs = runs;
+        self.shared = shared.filter(|shared| shared.blocks > 0);
         self.dropped_tokens = self.dropped_tokens.saturating_add(dropped * tokens_per_block);
         Ok(event)
     }
@@ -308,6 +306,7 @@ impl Record {
         put(AT_DROPPED, &self.dropped_tokens.to_le_bytes());
         put(AT_FORMER, &count(self.former.len()));
         put(AT_CLIENT_BYTES, &count(self.client.len()));
+        put(AT_SHARED, &self.shared.map_or(0, |shared| shared.blocks).to_le_bytes());
         bytes.reserve(self.size_bytes() - FIXED_BYTES);
         bytes.extend_from_slice(self.name.as_bytes());
         for run in &self.runs {
@@ -328,17 +327,20 @@ impl Record {
 
     /// Reads bytes, whoever wrote them; nothing of a claimed size is allocated before it is known to be there.
     pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
-        let short = RecordError::Length { found: bytes.len(), needed: FIXED_BYTES };
-        let (fixed, mut rest) = bytes.split_at_checked(FIXED_BYTES).ok_or(short)?;
-        let found = u32_at(fixed, 0);
-        if found != RECORD_VERSION {
-            return Err(RecordError::Version { found });
-        }
+        let short = RecordError::Length { found: bytes.len(), needed: FIXED_BYTES_BEFORE };
+        let version = bytes.first_chunk().ok_or(short.clone())?;
+        let fixed_bytes = match u32::from_le_bytes(*version) {
+            RECORD_VERSION => FIXED_BYTES,
+            VERSION_BEFORE => FIXED_BYTES_BEFORE,
+            found => return Err(RecordError::Version { found }),
+        };
+        let (fixed, mut rest) = bytes.split_at_checked(fixed_bytes).ok_or(short)?;
         let name_bytes = usize::from(u16_at(fixed, AT_NAME_BYTES));
         let count = |at: usize| u32_at(fixed, at) as usize;
         let [tokens, runs, former, client] =
             [AT_TOKENS, AT_RUNS, AT_FORMER, AT_CLIENT_BYTES].map(count);
-        let needed = size_bytes(name_bytes, runs, tokens, former, client);
+        let needed =
+            fixed_bytes + size_bytes(name_bytes, runs, tokens, former, client) - FIXED_BYTES;
         if bytes.len() != needed {
             return Err(RecordError::Length { found: bytes.len(), needed });
         }
@@ -357,13 +359,30 @@ impl Record {
             parent: BlockKey(array_at(bytes, 0)),
             first_block: u32_at(bytes, KEY_BYTES),
         };
+        let root = RootKey(array_at(fixed, AT_ROOT));
+        let runs: Vec<Run> = take(RUN_BYTES * runs).chunks_exact(RUN_BYTES).map(run).collect();
+        let dropped_tokens = u32_at(fixed, AT_DROPPED);
+        let (public, shared_blocks) = match (runs.as_slice(), fixed_bytes) {
+            ([public, ..], FIXED_BYTES) => (Some(public), u32_at(fixed, AT_SHARED)),
+            // As version 2 told: of a truncated history, nothing.
+            ([public, private, ..], _)
+                if dropped_tokens == 0 && public.parent != root.as_parent() =>
+            {
+                (Some(public), private.first_block)
+            }
+            _ => (None, 0),
+        };
+        let shared = public.filter(|_| shared_blocks > 0);
+        let shared =
+            shared.map(|public| Shared { root: RootKey(public.parent.0), blocks: shared_blocks });
         let record = Self {
-            root: RootKey(array_at(fixed, AT_ROOT)),
+            root,
+            shared,
             name: name.to_owned(),
             tokens_per_block: u16_at(fixed, AT_TOKENS_PER_BLOCK),
-            runs: take(RUN_BYTES * runs).chunks_exact(RUN_BYTES).map(run).collect(),
+            runs,
             tokens: take(4 * tokens).chunks_exact(4).map(|word| u32_at(word, 0)).collect(),
-            dropped_tokens: u32_at(fixed, AT_DROPPED),
+            dropped_tokens,
             ttl_ms: time(AT_TTL),
             pinned_until_ms: time(AT_PINNED),
             former: take(8 * former).chunks_exact(8).map(|word| u64_at(word, 0)).collect(),
@@ -385,6 +404,7 @@ impl Record {
         within("tokens per block", tokens_per_block, 1, usize::from(TOKENS_PER_BLOCK_MAX))?;
         within("name's length", self.name.len(), 0, NAME_BYTES_MAX)?;
         within("number of runs", self.runs.len(), 1, RUNS_MAX)?;
+        within("number of shared blocks", self.start().shared_blocks(), 0, self.blocks())?;
         within("number of former blocks", self.former.len(), 0, FORMER_MAX)?;
         let most = CONVERSATION_RECORD_BYTES_MAX as usize;
         within("length in bytes", self.size_bytes(), 0, most)?;
@@ -442,14 +462,63 @@ mod tests {
 
     #[test]
     fn the_keys_of_a_conversation_behind_a_shared_prompt_are_its_chains() {
-        let shared = Some(crate::start::Shared { root: RootKey([9; 32]), blocks: 2 });
-        let start = Start { root: root(), shared };
+        let shared = Some(Shared { root: RootKey([9; 32]), blocks: 2 });
+        let start = Start { shared, ..root().into() };
         let tokens: Vec<u32> = (0..u32::from(TOKENS_PER_BLOCK) * 5 + 2).collect();
-        let record = Record::new(start, "chat".into(), TOKENS_PER_BLOCK, tokens.clone());
+        let record = Record::new(start.clone(), "chat".into(), TOKENS_PER_BLOCK, tokens.clone());
         assert_eq!(record.keys(), start.chain(&tokens, TOKENS_PER_BLOCK));
         assert_eq!(record.start(), start);
         let read = Record::decode(&record.encode().unwrap()).unwrap();
         assert_eq!((read.keys(), read.root), (record.keys(), root()));
+    }
+
+    /// Blocks of the shared prompt stay under the public root, whatever is dropped behind them.
+    #[test]
+    fn what_is_shared_is_kept_or_dropped_whole() {
+        let shared = |blocks| Some(Shared { root: RootKey([9; 32]), blocks });
+        let start = Start { shared: shared(3), ..root().into() };
+        let tokens: Vec<u32> = (0..u32::from(TOKENS_PER_BLOCK) * 8 + 2).collect();
+        let whole = Record::new(start, "chat".into(), TOKENS_PER_BLOCK, tokens);
+        let keys = whole.keys();
+        for (sinks, dropped, left) in [
+            (3, 2, shared(3)),
+            (4, 1, shared(3)),
+            (1, 2, shared(1)),
+            (1, 4, shared(1)),
+            (0, 3, None),
+        ] {
+            let mut record = whole.clone();
+            record.truncate(sinks, dropped).unwrap();
+            let kept = [&keys[..sinks as usize], &keys[(sinks + dropped) as usize..]].concat();
+            assert_eq!(
+                (record.keys(), record.shared),
+                (kept, left),
+                "{sinks} kept, {dropped} dropped"
+            );
+            assert_eq!(Record::decode(&record.encode().unwrap()), Ok(record));
+        }
+        let mut record = whole.clone();
+        assert_eq!(record.truncate(0, 2), Err(TruncateError::Shared { shared: 3 }));
+        assert_eq!(record, whole);
+    }
+
+    #[test]
+    fn records_of_version_2_are_read() {
+        let shared = Some(Shared { root: RootKey([9; 32]), blocks: 2 });
+        let record = Record::new(
+            Start { shared, ..root().into() },
+            "chat".into(),
+            TOKENS_PER_BLOCK,
+            (0..23).collect(),
+        );
+        for record in [record, full_record()] {
+            let mut bytes = record.encode().unwrap();
+            bytes.drain(AT_SHARED..FIXED_BYTES);
+            bytes[..4].copy_from_slice(&VERSION_BEFORE.to_le_bytes());
+            let crc = crc(&bytes);
+            bytes[AT_CRC..AT_CRC + 4].copy_from_slice(&crc.to_le_bytes());
+            assert_eq!(Record::decode(&bytes), Ok(record));
+        }
     }
 
     #[test]

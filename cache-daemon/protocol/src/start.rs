@@ -1,23 +1,34 @@
-//! Where a chain begins: under its tenant's root; or, for a prompt that begins as one that the operator
-//! declared as shared, under the model's public root.
+//! Where a chain's blocks hang: under its tenant's root; for a prompt that begins as one that the operator
+//! declared as shared, first under the model's public root; for a truncated history, in runs.
 //!
 //! ```text
 //! public root ──► block 0 ─► … ─► block n-1 ┐   every tenant's: the declared prompt and nothing else
 //!                                           └ event Private(root) ──► block n ─► …   one tenant's
+//!
+//! root ──► block 0 ┐   ┌ key of a dropped block ──► block 1 ─► block 2 ┐   ┌ event Truncated ──► block 3 ─► …
 //! ```
 //!
 //! The private part hangs under an event that hashes the tenant's root, so that two tenants with the same
-//! prompt meet in the first `n` blocks and never again.
+//! prompt meet in the first `n` blocks and never again. The blocks that a truncation kept have their names
+//! still, for their KV is what it was; what is computed behind them has other KV than it would have with
+//! what was dropped, so it hangs under an event.
+
+use std::sync::Arc;
 
 use crate::key::{BlockKey, Event, RootKey};
 
+/// Runs of a history: one that is truncated again and again loses old runs with their blocks.
+pub const RUNS_MAX: usize = 64;
+
 /// See the module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Start {
     /// Model and tenant.
     pub root: RootKey,
     /// What comes before the tenant's own blocks.
     pub shared: Option<Shared>,
+    /// All runs of a truncated history, ascending, the first at block 0; none where nothing was dropped.
+    pub runs: Arc<[Run]>,
 }
 
 /// Leading blocks that are every tenant's.
@@ -29,9 +40,18 @@ pub struct Shared {
     pub blocks: u32,
 }
 
+/// Consecutive blocks of a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// What the run's first block follows: the root, a block that was dropped, or an event.
+    pub parent: BlockKey,
+    /// Place of that block in the history, in blocks.
+    pub first_block: u32,
+}
+
 impl From<RootKey> for Start {
     fn from(root: RootKey) -> Self {
-        Self { root, shared: None }
+        Self { root, shared: None, runs: Arc::default() }
     }
 }
 
@@ -39,6 +59,12 @@ impl Start {
     /// Blocks that are every tenant's.
     pub fn shared_blocks(&self) -> usize {
         self.shared.map_or(0, |shared| shared.blocks as usize)
+    }
+
+    /// Blocks that truncations kept: those before the last event. Computed anew they would be others, since
+    /// what they followed is gone; a reader that does not find them all cannot use any behind the first gap.
+    pub fn kept_blocks(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.first_block as usize)
     }
 
     /// Under which root the block at `index` is stored.
@@ -51,11 +77,21 @@ impl Start {
 
     /// What the block at `index` follows, given the keys before it.
     pub fn parent_of(&self, index: usize, keys: &[BlockKey]) -> BlockKey {
-        match index.checked_sub(1) {
-            None => self.root_of(0).as_parent(),
-            Some(before) if index == self.shared_blocks() => self.private_parent(&keys[before]),
-            Some(before) => keys[before],
+        let run = self.runs.binary_search_by_key(&index, |run| run.first_block as usize);
+        match (run, index.checked_sub(1)) {
+            (Ok(run), _) => self.runs[run].parent,
+            (Err(_), None) => self.root_of(0).as_parent(),
+            (Err(_), Some(before)) if index == self.shared_blocks() => {
+                self.private_parent(&keys[before])
+            }
+            (Err(_), Some(before)) => keys[before],
         }
+    }
+
+    /// Whether the block at `index` follows something else than the block before it.
+    pub fn is_branch(&self, index: usize) -> bool {
+        let is_first = |run: &Run| run.first_block as usize == index;
+        index == 0 || index == self.shared_blocks() || self.runs.iter().any(is_first)
     }
 
     /// What the first private block follows, behind the last shared one.
@@ -86,7 +122,7 @@ mod tests {
 
     fn start(salt: &[u8], blocks: u32) -> Start {
         let shared = (blocks > 0).then(|| Shared { root: root(b""), blocks });
-        Start { root: root(salt), shared }
+        Start { shared, ..root(salt).into() }
     }
 
     proptest! {

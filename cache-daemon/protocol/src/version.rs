@@ -4,6 +4,9 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayoutVersion {
+    /// A key list may be that of a truncated history; a runtime says which frame was wrong; a record counts
+    /// its shared blocks. Block headers are as in V1, and those of all versions are read.
+    V4 = 4,
     /// A hint may foretell a turn that is not in the queue; a key list may begin under a shared root;
     /// runtimes are told of changed conversations; conversation records are typed ([`crate::record`]).
     /// Block headers are as in V1, and those of V1 and V2 are read.
@@ -16,7 +19,7 @@ pub enum LayoutVersion {
 
 impl LayoutVersion {
     /// What this build writes; of regions and handshakes the only one that it takes.
-    pub const CURRENT: LayoutVersion = LayoutVersion::V3;
+    pub const CURRENT: LayoutVersion = LayoutVersion::V4;
 
     /// Checks the number of a region or a handshake: both sides must speak the same messages.
     pub fn check_current(found: u32) -> Result<(), UnknownVersion> {
@@ -43,6 +46,7 @@ impl TryFrom<u32> for LayoutVersion {
             1 => Ok(LayoutVersion::V1),
             2 => Ok(LayoutVersion::V2),
             3 => Ok(LayoutVersion::V3),
+            4 => Ok(LayoutVersion::V4),
             _ => Err(UnknownVersion { found }),
         }
     }

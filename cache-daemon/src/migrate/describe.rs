@@ -35,7 +35,7 @@ pub struct Roots {
 impl Roots {
     /// Of a chain of full blocks and what follows it.
     pub fn of(chain: &Chain) -> Self {
-        let Start { root: own, shared } = chain.start;
+        let Start { root: own, shared, .. } = chain.start;
         let first = |blocks: u32| chain.keys.iter().take(blocks as usize).copied().collect();
         Self { own, shared: shared.map(|shared| (shared.root, first(shared.blocks))) }
     }

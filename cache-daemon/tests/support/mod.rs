@@ -298,7 +298,7 @@ impl Driver {
     pub fn record(&self, name: &str, tokens: &[u32]) -> (ConversationId, Record) {
         let id = ConversationId::new(&self.root(), name.as_bytes());
         let tokens_per_block = self.geometry.tokens_per_block();
-        (id, Record::new(self.start, name.to_owned(), tokens_per_block, tokens.to_vec()))
+        (id, Record::new(self.start.clone(), name.to_owned(), tokens_per_block, tokens.to_vec()))
     }
 
     /// Saves a turn: its blocks, then its record.
@@ -330,7 +330,7 @@ impl Driver {
 
     pub fn query(&self, tokens: &[u32]) -> Query {
         let tokens: Arc<[u32]> = tokens.into();
-        Query::new(self.start, Self::accept(), tokens, self.geometry.tokens_per_block())
+        Query::new(self.start.clone(), Self::accept(), tokens, self.geometry.tokens_per_block())
     }
 
     /// The next event; `Err` if it is the end of the attachment.

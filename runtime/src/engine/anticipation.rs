@@ -75,7 +75,8 @@ impl<C: Cache> Engine<C> {
             self.stats.anticipations.with_label_values(&["told"]).inc();
             self.histories.new_tag()
         });
-        let start = self.config.shared_prefixes.start(root, &turn.tokens);
+        let start = turn.start.clone().filter(|start| start.root == root);
+        let start = start.unwrap_or_else(|| self.config.shared_prefixes.start(root, &turn.tokens));
         let wanted = super::history::wanted(&self.state, &self.labels, start, turn.tokens.clone());
         cache.enqueue(tag, wanted, Hint::Anticipated);
         self.anticipations.push(conversation, tag, (self.clock)() + ANTICIPATED_FOR);

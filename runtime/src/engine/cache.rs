@@ -16,7 +16,7 @@ use crate::cache_client::{
 /// What a waiting sequence would like to read.
 #[derive(Debug, Clone)]
 pub struct Wanted {
-    /// Where its chain begins.
+    /// Where its blocks hang.
     pub start: Start,
     /// Which blocks it takes.
     pub accept: Accept,

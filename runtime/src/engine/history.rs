@@ -96,13 +96,24 @@ impl<C: Cache> Engine<C> {
             return;
         }
         let tokens = Arc::from(&sequence.tokens[..tokens as usize]);
-        let wanted = wanted(&self.state, &self.labels, sequence.start, tokens);
+        let wanted = wanted(&self.state, &self.labels, sequence.start.clone(), tokens);
         let tag = anticipated.unwrap_or_else(|| self.histories.new_tag());
         let hint = expected_start(&self.state, &self.rates, place);
         cache.enqueue(tag, wanted, hint);
         self.histories.tags.insert(id, tag);
         let ask = Ask { sequence: id, blocks: Vec::new(), on_disk: None, awaited: None };
         self.histories.asks.insert(tag, ask);
+    }
+
+    /// Tells the cache of sequences whose chain is another one by now. Whether there was one.
+    pub(super) fn announce_renamed(&mut self) -> bool {
+        let renamed = std::mem::take(&mut self.state.renamed);
+        for &id in &renamed {
+            self.stats.truncated.with_label_values(&["anew"]).inc();
+            self.forget_ask(id);
+            self.announce(id, None);
+        }
+        !renamed.is_empty()
     }
 
     /// Tells the cache where the first waiting sequences stand now.

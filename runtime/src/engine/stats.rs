@@ -46,6 +46,8 @@ pub struct EngineStats {
     pub saves: IntCounterVec,
     /// Turns foretold by their clients, and what became of them.
     pub anticipations: IntCounterVec,
+    /// Turns of truncated conversations: whether what was kept was used or computed anew.
+    pub truncated: IntCounterVec,
     /// Whether a cache daemon is attached.
     pub cache_attached: IntGauge,
     /// Seconds from arrival to admission.
@@ -126,6 +128,11 @@ impl EngineStats {
             anticipations: counters(
                 "anticipations_total",
                 "Turns foretold by their clients: told, and of those came, expired, gave_way.",
+                "outcome",
+            )?,
+            truncated: counters(
+                "truncated_turns_total",
+                "Turns of truncated conversations: found what was kept, or computed it anew.",
                 "outcome",
             )?,
             cache_attached: gauge("cache_attached", "1 while a cache daemon is attached.")?,

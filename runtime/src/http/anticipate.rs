@@ -52,6 +52,7 @@ pub async fn anticipate(
         salt: Salt(salt.as_bytes().into()),
         conversation: id.as_str().into(),
         tokens: record.tokens.as_slice().into(),
+        start: record.kept.as_ref().map(|kept| kept.start.clone()),
         answer,
     }))?;
     match tokio::time::timeout(ANSWER_TIMEOUT, answered).await {

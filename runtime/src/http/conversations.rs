@@ -69,8 +69,19 @@ pub struct Record {
     pub tokens: Vec<u32>,
     /// How many ids truncations have taken out.
     pub dropped: usize,
+    /// What the last truncation kept, while its KV is in use.
+    pub kept: Option<Kept>,
     /// How long its KV stays.
     pub keep: Keep,
+}
+
+/// History that a truncation has kept: its KV is that of before, and what comes after hangs under an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Where the blocks hang.
+    pub start: Start,
+    /// Ids of the kept blocks.
+    pub tokens: usize,
 }
 
 /// Why a turn could not go on from its conversation's last cut.
@@ -104,6 +115,8 @@ pub struct Resume {
     pub tokens: Vec<u32>,
     /// How many more there were before truncations.
     pub dropped: usize,
+    /// What of the ids a truncation has kept.
+    pub kept: Option<Kept>,
     /// How long the conversation's KV stays.
     pub keep: Keep,
     /// Why it was not the record's last.
@@ -131,16 +144,19 @@ impl Record {
     /// Where a prompt with these messages and this rendered text goes on.
     pub fn resume(&self, messages: &[MessageDigest], rendered: &str) -> Resume {
         let matched = self.messages.iter().zip(messages).take_while(|(a, b)| a == b).count();
+        // No cut is left among what was dropped, nor in what was kept: where that has gaps nobody knows.
+        let least = self.dropped + self.kept.as_ref().map_or(0, |kept| kept.tokens);
         let fits = |cut: &Cut| {
             cut.messages <= matched
-                && cut.tokens >= self.dropped
+                && cut.tokens >= least
                 && rendered.is_char_boundary(cut.text_bytes)
                 && rendered
                     .get(..cut.text_bytes)
                     .is_some_and(|text| digest_text(text) == cut.text_digest)
         };
         let count = self.cuts.iter().rposition(fits).map_or(0, |last| last + 1);
-        let cuts = self.cuts[..count].to_vec();
+        let cuts = self.cuts[..count].iter().filter(|cut| cut.tokens >= least);
+        let cuts: Vec<Cut> = cuts.cloned().collect();
         let diverged = if count == self.cuts.len() {
             None
         } else if matched == self.messages.len() {
@@ -153,7 +169,7 @@ impl Record {
         let keep = self.keep;
         let Some(last) = cuts.last() else { return Resume { keep, diverged, ..Resume::default() } };
         let tokens = self.tokens[..last.tokens - self.dropped].to_vec();
-        Resume { cuts, tokens, dropped: self.dropped, keep, diverged }
+        Resume { cuts, tokens, dropped: self.dropped, kept: self.kept.clone(), keep, diverged }
     }
 
     /// The record after a turn: `messages` includes the reply, `rendered` ends with what of the reply
@@ -164,14 +180,14 @@ impl Record {
         rendered: &str,
         tokens: Vec<u32>,
     ) -> Self {
-        let Resume { mut cuts, dropped, keep, .. } = resume;
+        let Resume { mut cuts, dropped, kept, keep, .. } = resume;
         cuts.push(Cut {
             messages: messages.len(),
             text_bytes: rendered.len(),
             text_digest: digest_text(rendered),
             tokens: tokens.len() + dropped,
         });
-        Self { messages, cuts, tokens, dropped, keep }
+        Self { messages, cuts, tokens, dropped, kept, keep }
     }
 
     fn size_bytes(&self) -> usize {
@@ -219,7 +235,9 @@ impl Record {
         if left.len() != messages * 32 + cuts * (12 + 32) {
             return None; // Checked before anything of the claimed size is allocated.
         }
+        let kept = (stored.dropped_tokens > 0).then(|| Kept::of(&stored));
         let record = Self {
+            kept,
             messages: (0..messages).map(|_| take(&mut left)).collect::<Option<_>>()?,
             cuts: (0..cuts)
                 .map(|_| {
@@ -240,6 +258,14 @@ impl Record {
         let is_inside = |cut: &Cut| cut.tokens <= tokens && cut.messages <= record.messages.len();
         let cuts_are_inside = record.cuts.iter().all(is_inside);
         (ids_are_known && cuts_are_inside).then_some(record)
+    }
+}
+
+impl Kept {
+    fn of(stored: &Stored) -> Self {
+        let start = stored.start();
+        let tokens = start.kept_blocks() * usize::from(stored.tokens_per_block);
+        Self { start, tokens }
     }
 }
 
@@ -340,7 +366,9 @@ impl Conversations {
 
     /// Records a turn, here and (best effort) with the daemon.
     pub fn put(&self, name: &Name, record: Record) {
-        let start = self.shared_prefixes.start(name.root, &record.tokens);
+        let kept = record.kept.as_ref().map(|kept| kept.start.clone());
+        let start = kept.filter(|start| start.root == name.root);
+        let start = start.unwrap_or_else(|| self.shared_prefixes.start(name.root, &record.tokens));
         let bytes = record.to_bytes(name, start, self.tokens_per_block);
         self.keep(name.own, Arc::new(record));
         let record = match bytes {
@@ -500,7 +528,8 @@ mod tests {
             text: "chat".into(),
             public: None,
         };
-        record.to_bytes(&name, root.into(), 16).unwrap()
+        let start = record.kept.as_ref().map_or_else(|| root.into(), |kept| kept.start.clone());
+        record.to_bytes(&name, start, 16).unwrap()
     }
 
     #[test]
@@ -536,10 +565,34 @@ mod tests {
         let record = Record::from_bytes(&stored.encode().unwrap(), 100).unwrap();
         let resume = record.resume(&messages, "[u] a [v]");
         assert_eq!(resume.tokens, (16..40).collect::<Vec<u32>>());
+        let kept = Kept { start: stored.start(), tokens: 16 };
+        assert_eq!(resume.kept.as_ref(), Some(&kept));
         let mut tokens = resume.tokens.clone();
         tokens.extend([41, 42]);
         let record = Record::after(resume, messages.clone(), "[u] a [v] b", tokens.clone());
         assert_eq!(record.resume(&messages, "[u] a [v] b c").tokens, tokens);
+        // The runs go back to the daemon with the turn, and come back from it.
+        let put = Stored::decode(&bytes_of(&record)).unwrap();
+        assert_eq!((put.start(), put.dropped_tokens), (stored.start(), 16));
+        assert_eq!(Record::from_bytes(&bytes_of(&record), 100), Some(record));
+    }
+
+    #[test]
+    fn no_prompt_goes_on_from_among_what_a_truncation_kept() {
+        let (mut messages, first) = one_turn();
+        let first = Record { tokens: (0..20).collect(), ..first };
+        let first = Record { cuts: vec![Cut { tokens: 20, ..first.cuts[0].clone() }], ..first };
+        let earlier = messages.clone();
+        messages.extend([digest(&message("user", "v")), digest(&message("assistant", "b"))]);
+        let resume = first.resume(&messages, "[u] a [v] b");
+        let second = Record::after(resume, messages.clone(), "[u] a [v] b", (0..70).collect());
+        let mut stored = Stored::decode(&bytes_of(&second)).unwrap();
+        stored.truncate(1, 1).unwrap();
+        let record = Record::from_bytes(&stored.encode().unwrap(), 100).unwrap();
+        // Behind all of it a prompt goes on; the first turn's end was dropped.
+        let resume = record.resume(&messages, "[u] a [v] b [w]");
+        assert_eq!((resume.tokens.len(), resume.cuts.len()), (54, 1));
+        assert!(record.resume(&earlier, "[u] a [x]").tokens.is_empty());
     }
 
     #[test]

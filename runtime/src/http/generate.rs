@@ -51,7 +51,7 @@ impl Turn {
 /// What a generation said.
 #[derive(Debug)]
 pub enum Step {
-    /// It was admitted, or its prompt is complete.
+    /// It goes on: it was admitted, its prompt is complete, or where that comes from is settled.
     Started,
     /// More of the reply, possibly nothing to show.
     Delta(Delta),
@@ -99,11 +99,13 @@ impl Generation {
             }
         };
         let (sender, events) = mpsc::unbounded_channel();
+        let turn = prepared.turn.as_ref();
         (service.submit)(Command::Generate(Generate {
             tokens: prepared.tokens,
             salt: Salt(request.cache_salt.as_bytes().into()),
             cache: request.cache,
             conversation: conversation.map(Into::into),
+            start: turn.and_then(|turn| turn.resume.kept.as_ref()).map(|kept| kept.start.clone()),
             sampling: request.sampling.clone(),
             tokens_max,
             stop_tokens: service.stop_tokens.clone(),
@@ -127,6 +129,12 @@ impl Generation {
             return Err(ApiError::internal("the engine stopped before the reply was complete"));
         };
         match event {
+            Event::Unbroken => {
+                if let Some(turn) = &mut self.turn {
+                    turn.resume.kept = None;
+                }
+                Ok(Step::Started)
+            }
             Event::Started => Ok(Step::Started),
             Event::Prompt(account) => {
                 self.account = account;

@@ -36,12 +36,17 @@ pub struct WriteError {
 
 /// Writes the model of `seed`; the same seed gives the same file.
 pub fn write_tiny_gguf(path: &Path, seed: u64) -> Result<(), WriteError> {
+    write_random_gguf(path, seed, LAYERS)
+}
+
+/// As [`write_tiny_gguf`], with so many layers. With one, a token's KV depends on nothing before it.
+pub fn write_random_gguf(path: &Path, seed: u64, layers: usize) -> Result<(), WriteError> {
     let error = |source: Box<dyn std::error::Error + Send + Sync>| WriteError {
         path: path.display().to_string(),
         source,
     };
-    let tensors = tensors(seed).map_err(|source| error(source.into()))?;
-    let metadata = metadata();
+    let tensors = tensors(seed, layers).map_err(|source| error(source.into()))?;
+    let metadata = metadata(layers);
     let file = std::fs::File::create(path).map_err(|source| error(source.into()))?;
     let mut file = std::io::BufWriter::new(file);
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
@@ -63,7 +68,7 @@ impl Random {
     }
 }
 
-fn tensors(seed: u64) -> candle_core::Result<Vec<(String, QTensor)>> {
+fn tensors(seed: u64, layers: usize) -> candle_core::Result<Vec<(String, QTensor)>> {
     let mut random = Random(seed);
     let mut out = Vec::new();
     let mut put = |name: &str, shape: &[usize], dtype: GgmlDType, scale: f32, middle: f32| {
@@ -78,7 +83,7 @@ fn tensors(seed: u64) -> candle_core::Result<Vec<(String, QTensor)>> {
     let vocab = tokens().len();
     put(EMBEDDING, &[vocab, HIDDEN], GgmlDType::Q8_0, 0.5, 0.0)?;
     put(OUTPUT_NORM, &[HIDDEN], GgmlDType::F32, 0.1, 1.0)?;
-    for layer in 0..LAYERS {
+    for layer in 0..layers {
         let names = LayerNames::new(layer);
         let widths = [HEADS, KV_HEADS, KV_HEADS].map(|heads| heads * HEAD_DIM);
         put(&names.attention_norm, &[HIDDEN], GgmlDType::F32, 0.1, 1.0)?;
@@ -128,7 +133,7 @@ fn tokens() -> Vec<String> {
     tokens
 }
 
-fn metadata() -> Vec<(String, Value)> {
+fn metadata(layers: usize) -> Vec<(String, Value)> {
     let text = |text: &str| Value::String(text.to_owned());
     let strings = |list: Vec<String>| Value::Array(list.into_iter().map(Value::String).collect());
     let tokens = tokens();
@@ -137,7 +142,7 @@ fn metadata() -> Vec<(String, Value)> {
     let pairs = [
         ("general.architecture", text("llama")),
         ("general.name", text("Tiny random")),
-        ("llama.block_count", Value::U32(LAYERS as u32)),
+        ("llama.block_count", Value::U32(layers as u32)),
         ("llama.context_length", Value::U32(CONTEXT)),
         ("llama.embedding_length", Value::U32(HIDDEN as u32)),
         ("llama.feed_forward_length", Value::U32(FFN as u32)),

@@ -8,6 +8,7 @@ impl Rig {
     fn anticipate(&mut self, conversation: &str, tokens: &[u32]) -> Result<(), Unavailable> {
         let (answer, mut told) = oneshot::channel();
         let turn = Anticipate {
+            start: None,
             salt: Salt::default(),
             conversation: conversation.into(),
             tokens: tokens.into(),

@@ -79,6 +79,11 @@ impl Daemon {
         Self { attached: true, frames: 10_000, attachment: 1, frame_bytes, ..Self::default() }
     }
 
+    /// A block leaves.
+    pub fn lose(&mut self, key: &BlockKey) {
+        assert!(self.blocks.remove(key).is_some(), "not there");
+    }
+
     /// All blocks go to disk.
     pub fn demote_all(&mut self) {
         self.blocks.values_mut().for_each(|stored| stored.on_disk = true);

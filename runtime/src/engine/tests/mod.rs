@@ -9,6 +9,8 @@ mod on_cpu;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use kv_protocol::Record;
+use kv_protocol::start::Start;
 use proptest::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 
@@ -114,6 +116,7 @@ struct Reply {
     tokens: Vec<u32>,
     finish: Option<FinishReason>,
     started: bool,
+    is_unbroken: bool,
     cached: CachedTokens,
     account: Option<Account>,
     error: Option<GenerateError>,
@@ -126,6 +129,7 @@ fn request(tokens: &[u32], tokens_max: u32) -> (Generate, mpsc::UnboundedReceive
         salt: Salt::default(),
         cache: CacheUse::default(),
         conversation: None,
+        start: None,
         sampling: SamplingParams {
             temperature: 0.0,
             top_p: 1.0,
@@ -146,6 +150,7 @@ fn reply(receiver: &mut mpsc::UnboundedReceiver<Event>) -> Reply {
     let mut reply = Reply::default();
     while let Ok(event) = receiver.try_recv() {
         match event {
+            Event::Unbroken => reply.is_unbroken = true,
             Event::Started => {
                 assert!(!reply.started, "started twice");
                 assert_eq!(reply.account, None, "a prompt before the start");
@@ -399,6 +404,122 @@ fn two_salts_share_the_declared_prompts_blocks_and_nothing_else() {
         assert_eq!(ask(b"two", &tokens), 28);
         let other = prompt(9, 29);
         assert_eq!((ask(b"one", &other), ask(b"two", &other)), (0, 0));
+    }
+}
+
+/// A truncated history of `record`'s, and the prompt that goes on from it.
+fn truncated(tokens: &[u32], sinks: u32, dropped: u32, said: &[u32]) -> (Start, Vec<u32>) {
+    let root = RootKey::new(&Fingerprint([7; 32]), b"");
+    let mut record = Record::new(root, String::new(), TOKENS_PER_BLOCK, tokens.to_vec());
+    record.truncate(sinks, dropped).unwrap();
+    (record.start(), next_turn(&record.tokens, &[], said))
+}
+
+impl Rig {
+    fn ask_from(&mut self, start: &Start, tokens: &[u32], tokens_max: u32) -> Reply {
+        let (mut request, mut receiver) = request(tokens, tokens_max);
+        request.start = Some(start.clone());
+        self.handle.submit(Command::Generate(request)).unwrap();
+        self.run();
+        reply(&mut receiver)
+    }
+}
+
+#[test]
+fn a_truncated_history_goes_on_from_what_was_kept_in_every_tier() {
+    let history = prompt(3, 38);
+    let (start, tokens) = truncated(&history, 1, 4, &prompt(5, 7));
+    let mut rig = roomy().rig();
+    rig.ask(&history, 1);
+    // Five blocks of nine are kept: from the device, then from frames.
+    let device = rig.ask_from(&start, &tokens, 6);
+    assert_eq!((device.cached.device, device.cached.host), (20, 0));
+    rig.clear_device();
+    let frames = rig.ask_from(&start, &tokens, 6);
+    assert_eq!((frames.cached.device, frames.cached.host), (0, 28), "the turn before is there too");
+    assert_eq!((device.tokens.as_slice(), device.is_unbroken), (frames.tokens.as_slice(), false));
+    // Its KV is that of the whole history: computed without what was dropped it would be another.
+    assert_ne!(device.tokens, cold(SkipConfig::OFF, &tokens, 6));
+    // Nobody else finds it: the same ids in an unbroken chain share the first block, and no second one.
+    let unbroken = rig.ask(&tokens, 6);
+    assert!((4..8).contains(&unbroken.cached.total()));
+    assert_eq!(unbroken.tokens, cold(SkipConfig::OFF, &tokens, 6));
+    assert_eq!(rig.engine.stats.truncated.with_label_values(&["found"]).get(), 2);
+}
+
+#[test]
+fn what_a_truncation_kept_and_is_gone_is_computed_as_an_unbroken_chain() {
+    let history = prompt(3, 38);
+    let (start, tokens) = truncated(&history, 1, 4, &prompt(5, 7));
+    let expected = cold(SkipConfig::OFF, &tokens, 6);
+    for lost in [0, 5, 6, 8] {
+        let mut rig = roomy().rig();
+        rig.ask(&history, 1);
+        rig.clear_device();
+        let keys = RootKey::new(&Fingerprint([7; 32]), b"").chain(&history, TOKENS_PER_BLOCK);
+        rig.daemon().lose(&keys[lost]);
+        let anew = rig.ask_from(&start, &tokens, 6);
+        assert_eq!((&anew.tokens, anew.is_unbroken), (&expected, true), "block {lost}");
+        assert!(anew.cached.total() < if lost == 0 { 4 } else { 8 }, "block {lost}");
+        // What was computed now has names of its own, and the whole history still those of before.
+        rig.clear_device();
+        let again = rig.ask(&tokens, 6);
+        assert_eq!((again.tokens, again.cached.host), (anew.tokens, 28));
+        rig.clear_device();
+        assert_eq!(rig.ask(&history, 6).tokens, cold(SkipConfig::OFF, &history, 6));
+        assert_eq!(rig.engine.stats.truncated.with_label_values(&["anew"]).get(), 1);
+    }
+}
+
+#[test]
+fn without_a_cache_a_truncated_history_is_computed_anew() {
+    let history = prompt(3, 38);
+    let (start, tokens) = truncated(&history, 1, 4, &prompt(5, 7));
+    let expected = cold(SkipConfig::OFF, &tokens, 6);
+    let mut rig = RigConfig { cached: false, ..roomy() }.rig();
+    let anew = rig.ask_from(&start, &tokens, 6);
+    assert_eq!((anew.tokens, anew.is_unbroken), (expected.clone(), true));
+    // Neither does a request that reads nothing use it, nor one that says another tenant's.
+    let mut rig = roomy().rig();
+    rig.ask(&history, 1);
+    let (mut unread, mut receiver) = request(&tokens, 6);
+    (unread.start, unread.cache.no_read) = (Some(start.clone()), true);
+    rig.handle.submit(Command::Generate(unread)).unwrap();
+    rig.run();
+    assert_eq!(reply(&mut receiver).tokens, expected);
+    let other = Start { root: RootKey([9; 32]), ..start };
+    assert_eq!(rig.ask_from(&other, &tokens, 6).tokens, expected);
+}
+
+#[test]
+fn truncated_histories_survive_preemption() {
+    // Room for two of three sequences; whoever is preempted finds what was kept, or computes all anew.
+    let mut rig = RigConfig { blocks: 26, ..roomy() }.rig();
+    let histories: Vec<Vec<u32>> = (1..=3).map(|seed| prompt(seed, 21)).collect();
+    for history in &histories {
+        rig.ask(history, 1);
+    }
+    let turns: Vec<_> =
+        histories.iter().map(|history| truncated(history, 1, 2, &prompt(8, 3))).collect();
+    let mut roomy = roomy().rig();
+    for history in &histories {
+        roomy.ask(history, 1);
+    }
+    let mut receivers: Vec<_> = turns
+        .iter()
+        .map(|(start, tokens)| {
+            let (mut request, receiver) = request(tokens, 28);
+            request.start = Some(start.clone());
+            rig.handle.submit(Command::Generate(request)).unwrap();
+            receiver
+        })
+        .collect();
+    rig.run();
+    assert!(rig.engine.stats.preemptions.get() > 0);
+    for ((start, tokens), receiver) in turns.iter().zip(&mut receivers) {
+        let told = reply(receiver);
+        assert!(!told.is_unbroken, "all of it was in frames");
+        assert_eq!(told.tokens, roomy.ask_from(start, tokens, 28).tokens);
     }
 }
 
