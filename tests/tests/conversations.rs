@@ -2,11 +2,9 @@
 
 mod support;
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 use support::daemon::Daemon;
-use support::{Client, Runtime, beside_us, prompt};
+use support::{Client, Runtime, beside_us, kvctl, prompt};
 
 const USER: &str = "the quick brown fox jumps over the lazy dog, again and again and again, ";
 
@@ -15,26 +13,17 @@ fn opening(fruit: &str) -> String {
     format!("{}{fruit} are what I like. {}", USER.repeat(2), USER.repeat(2))
 }
 
-fn kvctl(daemon: &Daemon, arguments: &[&str]) -> Value {
-    let mut command = Command::new(beside_us("kvctl", "COLLOQUY_KVCTL"));
-    command.arg("--json").arg("--socket").arg(daemon.admin_socket()).args(arguments);
-    let output = command.output().expect("kvctl starts");
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "kvctl {arguments:?}: {told}");
-    serde_json::from_slice(&output.stdout).expect("JSON")
-}
-
 fn with_runtime(test: impl FnOnce(&Daemon, &Client)) {
-    with_runtime_of(3, test);
+    with_runtime_of(3, &[], test);
 }
 
-fn with_runtime_of(layers: usize, test: impl FnOnce(&Daemon, &Client)) {
+fn with_runtime_of(layers: usize, flags: &[&str], test: impl FnOnce(&Daemon, &Client)) {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("tiny.gguf");
     runtime::weights::random::write_random_gguf(&path, 7, layers).expect("the tiny model");
     let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
     let daemon = Daemon::start(&binary, dir.path(), 64 << 20, &[]);
-    let runtime = Runtime::start(&path, Some(&daemon.socket), &[]);
+    let runtime = Runtime::start(&path, Some(&daemon.socket), flags);
     test(&daemon, &runtime.client());
     runtime.stop();
 }
@@ -93,7 +82,7 @@ fn a_truncation_reaches_the_next_turn_of_a_living_runtime() {
 /// to the last token: if a place were wrong anywhere, it would be another.
 #[test]
 fn a_truncated_conversation_goes_on_from_the_kv_that_it_kept() {
-    with_runtime_of(1, |daemon, client| {
+    with_runtime_of(1, &[], |daemon, client| {
         let opening = opening("figs");
         let ask = |name: &str, messages: &[(&str, &str)], no_read: bool| {
             let message =
@@ -162,4 +151,58 @@ fn a_truncated_conversation_survives_its_runtime() {
     let answer = after.client().turn("chat", &messages);
     assert_eq!(answer.by_tier.host, kept / 16 * 16, "{}", answer.usage);
     after.stop();
+}
+
+/// A chat without an end, in a context for some turns of it. In a model of one layer what is kept has the KV that
+/// it would have without what was dropped, so a twin that computes everything says the same all along.
+#[test]
+fn a_conversation_outgrows_its_context_and_goes_on_from_its_later_half() {
+    const CONTEXT: u64 = 768;
+    const REPLY: u64 = 48;
+    with_runtime_of(1, &["--context-max=768"], |_, client| {
+        let ask = |name: &str, messages: &[Value], auto: bool, no_read: bool| {
+            client.try_chat(&json!({
+                "messages": messages, "max_tokens": REPLY, "temperature": 0, "ignore_eos": true,
+                "prompt_cache_key": name, "cache": { "no_read": no_read },
+                "truncation": if auto { "auto" } else { "disabled" },
+            }))
+        };
+        let mut messages = vec![json!({ "role": "system", "content": USER })];
+        let (mut dropped, mut truncations) = (0, 0);
+        for turn in 0..24 {
+            messages
+                .push(json!({ "role": "user", "content": format!("tell me about number {turn}") }));
+            client.clear_device();
+            let (status, answer) = ask("loaded", &messages, true, false);
+            assert_eq!(status, 200, "turn {turn}: {answer}");
+            let usage = &answer["usage"];
+            let prompt = usage["prompt_tokens"].as_u64().expect("a count");
+            assert!(prompt + REPLY <= CONTEXT, "turn {turn}: {usage}");
+            // The message, what stands around it, and less than a block of the reply before: never the history.
+            let computed =
+                prompt - usage["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
+            assert!(turn == 0 || computed < 90, "turn {turn} computed {computed} tokens: {usage}");
+            let dropped_now =
+                usage["prompt_tokens_details"]["dropped_tokens"].as_u64().unwrap_or(0);
+            assert!(dropped_now >= dropped, "turn {turn}: {usage}");
+            truncations += u32::from(dropped_now > dropped);
+            dropped = dropped_now;
+            let (status, twin) = ask("computed", &messages, true, true);
+            assert_eq!((status, &twin["choices"]), (200, &answer["choices"]), "turn {turn}");
+            messages.push(answer["choices"][0]["message"].clone());
+        }
+        assert!(truncations >= 3, "{truncations} truncations");
+        assert_eq!(
+            client.metric("colloquy_runtime_history_truncations_total"),
+            2 * u64::from(truncations)
+        );
+        // Who does not ask for it gets the error; so does a message that does not fit alone.
+        messages.push(json!({ "role": "user", "content": "and now?" }));
+        let (status, refused) = ask("other", &messages, false, false);
+        assert_eq!((status, &refused["error"]["code"]), (400, &json!("context_length_exceeded")));
+        messages.push(json!({ "role": "assistant", "content": "so" }));
+        messages.push(json!({ "role": "user", "content": USER.repeat(20) }));
+        let (status, refused) = ask("loaded", &messages, true, false);
+        assert_eq!((status, &refused["error"]["code"]), (400, &json!("context_length_exceeded")));
+    });
 }

@@ -6,7 +6,7 @@ mod support;
 use runtime::weights::random::write_tiny_gguf;
 use serde_json::{Value, json};
 use support::daemon::Daemon;
-use support::{Runtime, TOKENS_PER_BLOCK, beside_us, region_bytes};
+use support::{Runtime, TOKENS_PER_BLOCK, beside_us, kvctl, kvctl_refuses, prompt, region_bytes};
 
 const SYSTEM: &str = "You are the help desk of a railway. Answer in one sentence. Be kind, be brief, and \
                       never promise that a train is on time, since nobody can know that.";
@@ -63,4 +63,48 @@ fn two_tenants_share_the_declared_prompt_through_the_daemon_and_nothing_else() {
     assert!(host(&usage) < Some(TOKENS_PER_BLOCK as u64), "{usage}");
     runtime.stop();
     cold.stop();
+}
+
+#[test]
+fn a_truncation_keeps_what_every_tenant_shares() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let model = dir.path().join("tiny.gguf");
+    write_tiny_gguf(&model, 7).expect("the tiny model");
+    let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
+    let daemon = Daemon::start(&binary, dir.path(), region_bytes(&model, 200), &[]);
+    let declared = format!("--shared-prefix={SYSTEM}");
+    let runtime = Runtime::start(&model, Some(&daemon.socket), &[&declared]);
+    let client = runtime.client();
+    let ask = |messages: &Value| -> Value {
+        let answer = client.chat(&json!({
+            "messages": messages, "max_tokens": 6, "temperature": 0, "ignore_eos": true,
+            "cache_salt": "one", "prompt_cache_key": "chat",
+        }));
+        client.clear_device();
+        answer
+    };
+    let said =
+        "When does the next train to the sea leave, and from which platform does it go? ".repeat(2);
+    let mut messages = json!([
+        { "role": "system", "content": SYSTEM }, { "role": "user", "content": said },
+    ]);
+    let first = ask(&messages);
+    let half = kvctl_refuses(&daemon, &["truncate", "chat", "--sinks=1", "--drop=2"]);
+    assert!(half.contains("a prompt that all tenants share"), "{half}");
+    let size = TOKENS_PER_BLOCK as u64;
+    let shared: u64 = half.split_whitespace().find_map(|word| word.parse().ok()).expect("a count");
+    let shown = kvctl(&daemon, &["truncate", "chat", &format!("--sinks={shared}"), "--drop=3"]);
+    let kept = shown["conversation"]["tokens"].as_u64().expect("a count") / size * size;
+    client.ask(&prompt(1, 16), ""); // The engine has seen what the daemon said before this.
+    client.clear_device();
+    for message in
+        [first["choices"][0]["message"].clone(), json!({ "role": "user", "content": "more" })]
+    {
+        messages.as_array_mut().expect("a list").push(message);
+    }
+    let usage = ask(&messages)["usage"].clone();
+    let details = &usage["prompt_tokens_details"];
+    assert_eq!(details["cached_tokens_by_tier"]["host"], kept, "{usage}");
+    assert_eq!(details["dropped_tokens"], 3 * size, "{usage}");
+    runtime.stop();
 }

@@ -366,9 +366,7 @@ impl Conversations {
 
     /// Records a turn, here and (best effort) with the daemon.
     pub fn put(&self, name: &Name, record: Record) {
-        let kept = record.kept.as_ref().map(|kept| kept.start.clone());
-        let start = kept.filter(|start| start.root == name.root);
-        let start = start.unwrap_or_else(|| self.shared_prefixes.start(name.root, &record.tokens));
+        let start = self.start(name, record.kept.as_ref(), &record.tokens);
         let bytes = record.to_bytes(name, start, self.tokens_per_block);
         self.keep(name.own, Arc::new(record));
         let record = match bytes {
@@ -382,6 +380,36 @@ impl Conversations {
         if let Err(error) = (self.submit)(command) {
             tracing::debug!(%error, "a conversation's record was not stored");
         }
+    }
+
+    /// Takes at least `over` tokens out of a history: its earliest half behind `sinks` tokens that stay
+    /// (CachedAttention 3.4), or more if that is not enough. `false`, and nothing changed, if it has not as many.
+    pub fn truncate(&self, name: &Name, resume: &mut Resume, sinks: usize, over: usize) -> bool {
+        let size = usize::from(self.tokens_per_block);
+        let start = self.start(name, resume.kept.as_ref(), &resume.tokens);
+        let sinks = sinks.div_ceil(size).max(start.shared_blocks());
+        let mut stored =
+            Stored::new(start, String::new(), self.tokens_per_block, resume.tokens.clone());
+        stored.dropped_tokens = resume.dropped as u32;
+        let earliest = stored.blocks().saturating_sub(sinks) / 2;
+        let dropped = earliest.max(over.div_ceil(size));
+        if stored.truncate(sinks as u32, dropped as u32).is_err() {
+            return false;
+        }
+        resume.kept = Some(Kept::of(&stored));
+        resume.dropped = stored.dropped_tokens as usize;
+        resume.tokens = stored.tokens;
+        true
+    }
+
+    /// Where the blocks of a history hang.
+    fn start(&self, name: &Name, kept: Option<&Kept>, tokens: &[u32]) -> Start {
+        // A salted conversation may go on from the ids of the unsalted one, never from its KV.
+        let kept = kept.filter(|kept| kept.start.root == name.root);
+        kept.map_or_else(
+            || self.shared_prefixes.start(name.root, tokens),
+            |kept| kept.start.clone(),
+        )
     }
 
     /// The copy here, unless the daemon has another record by now.

@@ -18,6 +18,11 @@ use crate::text::quote;
 use crate::text::template::TemplateMessage;
 use crate::text::tokenizer::Specials;
 
+/// Of the context, room for a reply whose length nobody asked for: an eighth.
+const REPLY_SHARE: u32 = 8;
+/// About what a template adds to a message.
+const MESSAGE_TOKENS: usize = 8;
+
 /// A generation under way. Dropping it cancels it: the engine sees that nobody listens.
 #[derive(Debug)]
 pub struct Generation {
@@ -27,6 +32,7 @@ pub struct Generation {
     watch: Watch,
     prompt_tokens: usize,
     account: Account,
+    dropped: usize,
     turn: Option<Turn>,
 }
 
@@ -73,7 +79,10 @@ impl Generation {
         conversation: Option<String>,
         arrived: Instant,
     ) -> Result<Self, ApiError> {
-        let prepared = prepare(&service, request, conversation.as_deref()).await?;
+        let mut prepared = prepare(&service, request, conversation.as_deref()).await?;
+        if request.truncates {
+            make_room(&service, &mut prepared, request.tokens_max);
+        }
         let prompt_tokens = prepared.tokens.len();
         if prompt_tokens == 0 {
             return Err(ApiError::invalid("the prompt has no tokens"));
@@ -118,6 +127,7 @@ impl Generation {
             reply: Reply::new(request.stops.clone()),
             prompt_tokens,
             account: Account::default(),
+            dropped: prepared.turn.as_ref().map_or(0, |turn| turn.resume.dropped),
             turn: prepared.turn.filter(|_| !request.cache.no_store).map(|turn| turn.keep(request)),
         })
     }
@@ -166,7 +176,7 @@ impl Generation {
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
         let (prompt, reply) = (self.prompt_tokens, self.reply.token_count());
-        Usage { prompt, reply, account: self.account }
+        Usage { prompt, reply, account: self.account, dropped: self.dropped }
     }
 
     fn end(&mut self, reason: FinishReason) {
@@ -190,6 +200,29 @@ impl Generation {
         let record = Record::after(turn.resume, messages, &turn.rendered, turn.tokens);
         self.service.conversations.put(&turn.name, record);
     }
+}
+
+/// Truncates the history of a prompt that leaves no room for its reply, if that helps. What the system says
+/// stays, and so do the conversation's first tokens: attention leans on them (StreamingLLM's sinks).
+fn make_room(service: &Service, prepared: &mut Prepared, tokens_max: Option<u32>) {
+    let Some(turn) = &mut prepared.turn else { return };
+    let room = service.context_max.min(service.tokens_capacity);
+    let reply = tokens_max.unwrap_or(room / REPLY_SHARE);
+    let over = (turn.tokens.len() + reply as usize).saturating_sub(room as usize);
+    if over == 0 || turn.resume.tokens.is_empty() {
+        return;
+    }
+    let system = turn.messages.iter().take_while(|message| message.role == "system");
+    let in_system = system.map(|message| {
+        service.tokenizer.encode(&message.content, Specials::Text).len() + MESSAGE_TOKENS
+    });
+    let sinks = in_system.sum::<usize>().max(1);
+    let said = turn.tokens.split_off(turn.resume.tokens.len());
+    if service.conversations.truncate(&turn.name, &mut turn.resume, sinks, over) {
+        service.metrics.truncated();
+    }
+    turn.tokens = [turn.resume.tokens.as_slice(), &said].concat();
+    prepared.tokens.clone_from(&turn.tokens);
 }
 
 async fn prepare(

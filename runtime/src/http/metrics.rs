@@ -43,6 +43,7 @@ pub struct Metrics {
     request_prompt_tokens: Histogram,
     request_generation_tokens: Histogram,
     diverged: IntCounterVec,
+    truncated: IntCounter,
     retokenised: IntCounter,
     conversations: IntGauge,
 }
@@ -110,6 +111,10 @@ impl Metrics {
                 "Tokens a reply.",
                 TOKENS,
             )?,
+            truncated: counter(
+                "history_truncations_total",
+                "Turns whose history lost its earliest half to fit the context.",
+            )?,
             diverged: counters(
                 "turns_diverged_total",
                 "Turns of a named conversation that could not go on from its record, by reason.",
@@ -134,6 +139,11 @@ impl Metrics {
     /// An answer began.
     pub fn answered(&self, route: &str, status: u16) {
         self.answers.with_label_values(&[route, &status.to_string()]).inc();
+    }
+
+    /// A history was cut to fit.
+    pub fn truncated(&self) {
+        self.truncated.inc();
     }
 
     /// A turn left its conversation's record.

@@ -62,6 +62,8 @@ pub struct ReplyRequest {
     pub cache_salt: String,
     /// The conversation's name in the body (`prompt_cache_key`).
     pub conversation: Option<String>,
+    /// A history that does not fit loses its earliest half, instead of an error (OpenAI's `truncation`).
+    pub truncates: bool,
 }
 
 /// The two kinds of answers.
@@ -104,6 +106,7 @@ impl ReplyRequest {
             cache: take_cache(&mut fields)?,
             cache_salt: take_name(&mut fields, "cache_salt")?.unwrap_or_default(),
             conversation: take_name(&mut fields, "prompt_cache_key")?,
+            truncates: take_truncation(api, &mut fields)?,
         };
         refuse_the_rest(api, &mut fields)?;
         fields.finish()?;
@@ -111,6 +114,20 @@ impl ReplyRequest {
             return Err(ApiError::field("stream_options", "only with `stream`: true"));
         }
         Ok(request)
+    }
+}
+
+fn take_truncation(api: Api, fields: &mut Fields) -> Result<bool, ApiError> {
+    match (fields.take::<String>("truncation")?.as_deref(), api) {
+        (None | Some("disabled"), _) => Ok(false),
+        (Some("auto"), Api::Chat) => Ok(true),
+        (Some("auto"), Api::Completions) => {
+            Err(ApiError::unsupported("truncation", "only the history of a chat is truncated"))
+        }
+        (Some(other), _) => {
+            let told = format_args!("`{other}` is neither `auto` nor `disabled`");
+            Err(ApiError::field("truncation", told))
+        }
     }
 }
 
@@ -420,6 +437,8 @@ pub struct Usage {
     pub reply: usize,
     /// Where the prompt's tokens came from.
     pub account: Account,
+    /// Tokens that truncations have taken out of the history.
+    pub dropped: usize,
 }
 
 impl Usage {
@@ -431,7 +450,7 @@ impl Usage {
         let by_tier = object(&mut cached.by_tier().into_iter());
         let missed = self.account.misses().map(|(reason, tokens)| (reason.label(), tokens));
         let missed = object(&mut { missed });
-        json!({
+        let mut usage = json!({
             "prompt_tokens": self.prompt,
             "completion_tokens": self.reply,
             "total_tokens": self.prompt + self.reply,
@@ -440,7 +459,11 @@ impl Usage {
                 "cached_tokens_by_tier": by_tier,
                 "missed_tokens_by_reason": missed,
             },
-        })
+        });
+        if self.dropped > 0 {
+            usage["prompt_tokens_details"]["dropped_tokens"] = self.dropped.into();
+        }
+        usage
     }
 }
 
@@ -664,7 +687,7 @@ mod tests {
             "logprobs": true, "top_logprobs": 2, "n": 1, "max_completion_tokens": 5, "user": "u",
             "cache_salt": "s", "prompt_cache_key": "c", "ignore_eos": true, "tools": [],
             "response_format": { "type": "text" }, "presence_penalty": 0.0, "logit_bias": null,
-            "cache": { "no_read": true },
+            "cache": { "no_read": true }, "truncation": "disabled",
         }))
         .unwrap();
         assert_eq!(request.cache, CacheUse { no_read: true, ..CacheUse::default() });
@@ -721,6 +744,8 @@ mod tests {
             (json!({ "prompt_token_ids": [1] }), "prompt_token_ids"),
             (json!({ "prompt_token_ids": [-1] }), "prompt_token_ids"),
             (json!({ "cache_salt": "x".repeat(257) }), "cache_salt"),
+            (json!({ "truncation": "half" }), "truncation"),
+            (json!({ "truncation": 1 }), "truncation"),
             (json!({ "cache": true }), "cache"),
             (json!({ "cache": { "no_store": 1 } }), "cache.no_store"),
             (json!({ "cache": { "no_write": true } }), "cache.no_write"),
@@ -751,6 +776,7 @@ mod tests {
         assert_eq!(parse(json!({ "prompt": [1, 2] })).unwrap().prompt, Prompt::Tokens(vec![1, 2]));
         assert!(parse(json!({ "prompt": ["a", "b"] })).is_err());
         assert!(parse(json!({ "messages": [] })).is_err());
+        assert!(parse(json!({ "prompt": "a", "truncation": "auto" })).is_err());
     }
 
     #[test]

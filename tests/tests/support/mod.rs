@@ -181,6 +181,11 @@ impl Client {
         Answer::read(&self.post("/v1/chat/completions", Some(conversation), &body))
     }
 
+    /// Status and answer of a chat.
+    pub fn try_chat(&self, body: &Value) -> (u16, Value) {
+        self.send("/v1/chat/completions", None, body)
+    }
+
     /// A counter, summed over its labels.
     pub fn metric(&self, name: &str) -> u64 {
         let url = format!("{}/metrics", self.base);
@@ -212,4 +217,25 @@ impl Client {
 /// Token ids of a conversation, all of them known to the tiny model.
 pub fn prompt(conversation: u32, tokens: u32) -> Vec<u32> {
     (0..tokens).map(|position| 3 + (position * 7 + conversation * 31) % 200).collect()
+}
+
+/// What `kvctl --json` says.
+pub fn kvctl(daemon: &daemon::Daemon, arguments: &[&str]) -> Value {
+    let output = kvctl_output(daemon, arguments);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "kvctl {arguments:?}: {told}");
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// Why `kvctl` does not do it.
+pub fn kvctl_refuses(daemon: &daemon::Daemon, arguments: &[&str]) -> String {
+    let output = kvctl_output(daemon, arguments);
+    assert!(!output.status.success(), "kvctl {arguments:?} did it");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn kvctl_output(daemon: &daemon::Daemon, arguments: &[&str]) -> std::process::Output {
+    let mut command = Command::new(beside_us("kvctl", "COLLOQUY_KVCTL"));
+    command.arg("--json").arg("--socket").arg(daemon.admin_socket()).args(arguments);
+    command.output().expect("kvctl starts")
 }
