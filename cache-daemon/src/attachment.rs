@@ -165,7 +165,12 @@ pub enum Outgoing {
         record: Option<Arc<[u8]>>,
     },
     /// See [`Completion::Changed`].
-    Changed(ConversationId),
+    Changed {
+        /// Which.
+        id: ConversationId,
+        /// Rather than truncated.
+        is_deleted: bool,
+    },
 }
 
 /// See the module.
@@ -298,7 +303,9 @@ impl Attachment {
             Outgoing::Committed { ticket, outcome } => {
                 Some(Completion::Committed { ticket: *ticket, outcome: *outcome })
             }
-            Outgoing::Changed(id) => Some(Completion::Changed { id: *id }),
+            Outgoing::Changed { id, is_deleted } => {
+                Some(Completion::Changed { id: *id, is_deleted: *is_deleted })
+            }
             Outgoing::Conversation { ticket, record: None } => {
                 Some(Completion::Conversation { ticket: *ticket, record: None })
             }

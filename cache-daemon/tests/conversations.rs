@@ -214,7 +214,9 @@ fn a_truncated_conversation_keeps_the_blocks_behind_what_was_dropped() {
     let tokens = conversation(1, 16 * 6 + 5);
     let id = driver.save_turn("chat", &tokens).unwrap();
     let changed = kvctl_json(&daemon, &["truncate", "chat", "--sinks=1", "--drop=2"]);
-    while !matches!(driver.next_event().unwrap(), CacheEvent::Changed(of) if of == id) {}
+    while !matches!(driver.next_event().unwrap(), CacheEvent::Changed { id: of, is_deleted: false } if of == id)
+    {
+    }
     let line = &changed["conversation"];
     assert_eq!((&line["tokens"], &line["dropped_tokens"]), (&json!(69), &json!(32)));
     // Four full blocks are found under their old names; the tail's is computed anew.

@@ -157,8 +157,13 @@ pub enum CacheEvent {
         /// The record, if there is one.
         record: Option<Vec<u8>>,
     },
-    /// A conversation's record is another one now, or none.
-    Changed(ConversationId),
+    /// An operator has changed a conversation.
+    Changed {
+        /// Its record is another one now, or none.
+        id: ConversationId,
+        /// Nothing of it may be found any more.
+        is_deleted: bool,
+    },
 }
 
 /// Names a commit until it is over.
@@ -501,7 +506,7 @@ impl CacheClient {
                     question: QuestionId(ticket.0),
                     record: record.map(|_| bytes),
                 },
-                Completion::Changed { id } => CacheEvent::Changed(id),
+                Completion::Changed { id, is_deleted } => CacheEvent::Changed { id, is_deleted },
             };
             let ended = match &event {
                 CacheEvent::Found { sequence, .. } | CacheEvent::Promoted { sequence, .. } => {

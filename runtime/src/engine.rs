@@ -461,9 +461,6 @@ impl<C: Cache> Engine<C> {
         self.next_sequence += 1;
         let id = SequenceId(self.next_sequence);
         let root = RootKey::new(&self.fingerprint, &request.salt.0);
-        let name = request.conversation.as_ref();
-        let anticipated = name
-            .and_then(|name| self.anticipations.take(ConversationId::new(&root, name.as_bytes())));
         let unbroken = self.config.shared_prefixes.start(root, &request.tokens);
         let sequence = Sequence::new(
             id,
@@ -474,8 +471,19 @@ impl<C: Cache> Engine<C> {
             self.state.pool.tokens_per_block(),
             &self.state.sets,
         );
+        let anticipated = sequence.conversation.and_then(|id| self.anticipations.take(id));
         self.state.enqueue(sequence);
         self.announce(id, anticipated);
+    }
+
+    /// A conversation is deleted. Which device blocks are its own nobody knows, for blocks are named by what
+    /// they hold: all are forgotten, and others come back from frames. Of turns that run nothing stays.
+    fn forget(&mut self, conversation: ConversationId) {
+        let State { pool, waiting, running, .. } = &mut self.state;
+        pool.forget_all();
+        for sequence in waiting.iter_mut().chain(running) {
+            sequence.cache.no_store |= sequence.conversation == Some(conversation);
+        }
     }
 
     fn check(&self, request: &Generate) -> Result<(), GenerateError> {
@@ -543,7 +551,12 @@ impl<C: Cache> Engine<C> {
                         let _ = answer.send(record);
                     }
                 }
-                cache::Event::Changed(id) => self.changes.changed(id),
+                cache::Event::Changed { id, is_deleted } => {
+                    self.changes.changed(id);
+                    if is_deleted {
+                        self.forget(id);
+                    }
+                }
             }
         }
         let now = (self.clock)();

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kv_protocol::start::Start;
-use kv_protocol::{BlockKey, MissReason};
+use kv_protocol::{BlockKey, ConversationId, MissReason};
 use tokio::sync::mpsc;
 
 use crate::account::{Account, Withheld};
@@ -127,6 +127,8 @@ pub struct Sequence {
     pub start: Start,
     /// Of a truncated history, where they hang if it has to be computed anew.
     unbroken: Option<Start>,
+    /// Whose turn it is.
+    pub conversation: Option<ConversationId>,
     /// What its request lets the cache do.
     pub cache: CacheUse,
     /// Keys of the full blocks of `tokens`.
@@ -188,6 +190,8 @@ impl Sequence {
             }
             None => Extras::Off,
         };
+        let name = request.conversation.as_ref();
+        let conversation = name.map(|name| ConversationId::new(&unbroken.root, name.as_bytes()));
         let truncated = request.start.filter(|start| start.root == unbroken.root);
         let (start, unbroken) = match truncated {
             Some(truncated) => (truncated, Some(unbroken)),
@@ -200,6 +204,7 @@ impl Sequence {
             tokens: request.tokens,
             start,
             unbroken,
+            conversation,
             cache: request.cache,
             keys: Vec::new(),
             table: Vec::new(),

@@ -206,3 +206,20 @@ fn a_conversation_outgrows_its_context_and_goes_on_from_its_later_half() {
         assert_eq!((status, &refused["error"]["code"]), (400, &json!("context_length_exceeded")));
     });
 }
+
+#[test]
+fn a_deleted_conversation_is_in_no_device_block_either() {
+    with_runtime(|daemon, client| {
+        let opening = opening("dates");
+        let ask = |name: &str| {
+            client.turn(name, &[json!({ "role": "user", "content": opening })]).cached_tokens
+        };
+        assert_eq!(ask("mine"), 0);
+        assert!(ask("same words") > 0, "what two say is computed once");
+        for name in ["mine", "same words"] {
+            kvctl(daemon, &["delete", name]);
+        }
+        client.ask(&prompt(1, 16), ""); // The engine has seen what the daemon said before this.
+        assert_eq!(ask("mine"), 0);
+    });
+}

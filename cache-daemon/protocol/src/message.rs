@@ -334,10 +334,12 @@ pub enum Completion {
         /// The record, if there is one.
         record: Option<ArenaSpan>,
     },
-    /// A record is another than this runtime put or got, or is gone: an operator changed it.
+    /// A record is another than this runtime put or got: an operator truncated or deleted the conversation.
     Changed {
         /// Name.
         id: ConversationId,
+        /// Its KV is to be found nowhere any more.
+        is_deleted: bool,
     },
 }
 
@@ -503,9 +505,9 @@ impl Completion {
                 let (there, span) = record.map_or((0, 0), |span| (1, span.pack()));
                 [4, ticket.0, there, span, 0, 0, 0, 0]
             }
-            Completion::Changed { id } => {
+            Completion::Changed { id, is_deleted } => {
                 let [a, b, c, d] = key_words(&id.0);
-                [5, a, b, c, d, 0, 0, 0]
+                [5, a, b, c, d, is_deleted.into(), 0, 0]
             }
         }
     }
@@ -541,7 +543,14 @@ impl Completion {
                     _ => Some(ArenaSpan::unpack(entry[3])?),
                 },
             },
-            5 => Completion::Changed { id: ConversationId(key_bytes(&entry[1..5])) },
+            5 => Completion::Changed {
+                id: ConversationId(key_bytes(&entry[1..5])),
+                is_deleted: match entry[5] {
+                    0 => false,
+                    1 => true,
+                    code => return Err(MessageError::Code { field: "kind of a change", code }),
+                },
+            },
             code => return Err(MessageError::Code { field: "completion kind", code }),
         })
     }
@@ -794,7 +803,8 @@ mod tests {
             Completion::Committed { ticket: Ticket(9), outcome: CommitOutcome::Known },
             Completion::Conversation { ticket: Ticket(9), record: None },
             Completion::Conversation { ticket: Ticket(9), record: Some(span()) },
-            Completion::Changed { id: ConversationId([3; 32]) },
+            Completion::Changed { id: ConversationId([3; 32]), is_deleted: false },
+            Completion::Changed { id: ConversationId([3; 32]), is_deleted: true },
         ];
         for message in all {
             assert_eq!(Completion::decode(&message.encode()), Ok(message));

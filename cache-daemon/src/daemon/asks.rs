@@ -41,7 +41,7 @@ impl Daemon {
                 }
                 let put = self.store.put_conversation(id, record, unix_ms());
                 if put.is_ok() {
-                    self.tell_changed(id);
+                    self.tell_changed(id, false);
                 }
                 reply.send(put.map_err(|error| AskError::Refused(error.to_string())));
             }
@@ -82,7 +82,7 @@ impl Daemon {
         if let Some(root) = root {
             self.delete_remote(*id, root, &doomed.keys);
         }
-        self.tell_changed(*id);
+        self.tell_changed(*id, true);
         let has_disk = self.store.transfers.disk_state != DiskState::None;
         let deleted = Deleted {
             blocks: doomed.keys.len() as u64,
@@ -100,10 +100,10 @@ impl Daemon {
         }
     }
 
-    /// Runtimes keep copies of records.
-    fn tell_changed(&mut self, id: ConversationId) {
+    /// Runtimes keep copies of records, and KV of their own.
+    fn tell_changed(&mut self, id: ConversationId, is_deleted: bool) {
         for attachment in self.attachments.iter_mut().flatten() {
-            attachment.answer(Outgoing::Changed(id));
+            attachment.answer(Outgoing::Changed { id, is_deleted });
         }
     }
 

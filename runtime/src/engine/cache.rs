@@ -57,8 +57,13 @@ pub enum Event<Q> {
     Committed(CommitOutcome),
     /// Answer of `get_conversation`.
     Conversation(Q, Option<Vec<u8>>),
-    /// A conversation's record is another one now, or none.
-    Changed(ConversationId),
+    /// An operator has changed a conversation.
+    Changed {
+        /// Its record is another one now, or none.
+        id: ConversationId,
+        /// Nothing of it may be found any more.
+        is_deleted: bool,
+    },
 }
 
 /// See the module.
@@ -146,7 +151,7 @@ impl Cache for CacheClient {
             }
             CacheEvent::Committed { outcome, .. } => Event::Committed(outcome),
             CacheEvent::Conversation { question, record } => Event::Conversation(question, record),
-            CacheEvent::Changed(id) => Event::Changed(id),
+            CacheEvent::Changed { id, is_deleted } => Event::Changed { id, is_deleted },
         })
     }
 }

@@ -347,8 +347,9 @@ impl<C: Cache> Engine<C> {
                 .iter()
                 .map(|(_, index)| index.map(|at| sequence.keys[at as usize]))
                 .collect();
+            let stays = !sequence.cache.no_store;
             for (((block, _), key), origin) in load.blocks.iter().zip(keys).zip(&load.origins) {
-                if let Some(key) = key {
+                if let Some(key) = key.filter(|_| stays) {
                     self.state.pool.seal(*block, key, *origin);
                     self.state.pool.set_stored(*block, attachment);
                 }

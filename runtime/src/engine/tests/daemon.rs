@@ -79,6 +79,12 @@ impl Daemon {
         Self { attached: true, frames: 10_000, attachment: 1, frame_bytes, ..Self::default() }
     }
 
+    /// A conversation is deleted.
+    pub fn delete(&mut self, id: ConversationId) {
+        self.blocks.clear();
+        self.events.push_back(Event::Changed { id, is_deleted: true });
+    }
+
     /// A block leaves.
     pub fn lose(&mut self, key: &BlockKey) {
         assert!(self.blocks.remove(key).is_some(), "not there");

@@ -524,6 +524,27 @@ fn truncated_histories_survive_preemption() {
 }
 
 #[test]
+fn nothing_of_a_deleted_conversation_stays_not_even_of_a_turn_that_runs() {
+    let tokens = prompt(4, 30);
+    let root = RootKey::new(&Fingerprint([7; 32]), b"");
+    // Deleted before the turn is admitted, in its prompt, in its reply, after it.
+    for turns_of_the_loop in [0, 1, 2, 3, 6, 200] {
+        let mut rig = roomy().rig();
+        rig.ask(&tokens, 1);
+        let (mut turn, mut receiver) = request(&next_turn(&tokens, &[], &prompt(5, 9)), 20);
+        turn.conversation = Some("chat".into());
+        rig.handle.submit(Command::Generate(turn)).unwrap();
+        for _ in 0..turns_of_the_loop {
+            rig.step();
+        }
+        rig.daemon().delete(ConversationId::new(&root, b"chat"));
+        rig.run();
+        assert_eq!(reply(&mut receiver).tokens.len(), 20, "it is not disturbed");
+        assert_eq!(rig.ask(&tokens, 1).cached.total(), 0, "after {turns_of_the_loop}");
+    }
+}
+
+#[test]
 fn preempted_sequences_get_the_tokens_of_those_that_were_not() {
     for cached in [true, false] {
         // Three sequences of 40 tokens at the end, room for two.
