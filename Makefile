@@ -12,7 +12,7 @@ CARGO_BUILD := cargo build --profile ci
 BIN := $(CARGO_TARGET_DIR)/ci
 
 .DEFAULT_GOAL := help
-.PHONY: help fuzz soak demo demo-local demo-down test build cluster-up cluster-down generate golden crash crash-daemon bench-runtime bench-disk bench-hints bench-hit-rate bench-index fmt weights tools prepare
+.PHONY: help fuzz soak demo demo-local demo-down test build cluster-up cluster-down generate golden crash crash-daemon bench-runtime bench-disk bench-hints bench-hit-rate bench-index bench-truncation fmt weights tools prepare
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-hit-rate: build ## Hit rates of the policies on generated traces, in the p
 
 bench-index: build ## What a block on disk costs in memory, and how soon a restarted daemon knows it
 	@$(BIN)/bench_index
+
+bench-truncation: build weights ## What going on from kept KV costs, and what it is worth, against computing it anew
+	@$(BIN)/bench_truncation
 
 bench-disk: build ## The disk tier's engines against fio, foyer and one file per block
 	@cargo build --quiet --release --manifest-path bench/foyer/Cargo.toml --target-dir $(COLLOQUY_CACHE)/bench-foyer

@@ -127,6 +127,8 @@ fn listen(path: &Path) -> Result<UnixListener, SuperviseError> {
 
 fn spawn_worker(memfd: &OwnedFd, listener: &UnixListener) -> Result<Pid, SuperviseError> {
     let program = std::env::current_exe().map_err(io("finding this program"))?;
+    // Its file may be another by now, or none: workers are of the supervisor's build.
+    let program = if program.exists() { program } else { "/proc/self/exe".into() };
     let child = Command::new(program)
         .arg("worker")
         .args(std::env::args_os().skip(2)) // The flags after `supervise` are the worker's, too.
