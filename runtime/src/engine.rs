@@ -481,8 +481,10 @@ impl<C: Cache> Engine<C> {
     fn forget(&mut self, conversation: ConversationId) {
         let State { pool, waiting, running, .. } = &mut self.state;
         pool.forget_all();
-        for sequence in waiting.iter_mut().chain(running) {
-            sequence.cache.no_store |= sequence.conversation == Some(conversation);
+        let is_its = |sequence: &&mut Sequence| sequence.conversation == Some(conversation);
+        for sequence in waiting.iter_mut().chain(running).filter(is_its) {
+            sequence.cache.no_store = true;
+            sequence.send(Event::Deleted);
         }
     }
 

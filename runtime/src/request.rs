@@ -133,9 +133,11 @@ pub enum FinishReason {
 }
 
 /// Progress of one generation, in order: `Started` and `Prompt` once, tokens, one `Finished`; or a `Failed`.
-/// `Unbroken` comes at most once, before any of them or after a preemption.
+/// `Unbroken` comes at most once, before any of them or after a preemption; `Deleted` may come at any time.
 #[derive(Debug, Clone)]
 pub enum Event {
+    /// The conversation was deleted: its turn goes on and is not recorded.
+    Deleted,
     /// Not all that a truncation kept was found: the history is computed anew, as one unbroken chain.
     Unbroken,
     /// Admitted.

@@ -168,7 +168,8 @@ pub enum TruncateError {
 }
 
 impl Record {
-    /// A history of which truncations have taken nothing out, or with the runs that they left.
+    /// A history of which truncations have taken nothing out; or, with the runs that they left, one of which
+    /// the caller says how many tokens they took.
     pub fn new(
         start: impl Into<Start>,
         name: String,

@@ -6,11 +6,12 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use kv_protocol::geometry::LayerSet;
-use kv_protocol::{ConversationId, Dtype, Geometry};
+use kv_protocol::{ConversationId, Dtype, Geometry, Record};
+use serde_json::json;
 
 use crate::proxy::{Plan, Proxy};
 use crate::replica::{BINARY, Replica, SECRET, ask, number};
-use crate::support::{free_address, geometry};
+use crate::support::{conversation, free_address, geometry};
 
 #[test]
 fn a_conversation_moves_byte_for_byte_from_frames_and_from_disk() {
@@ -81,6 +82,36 @@ fn a_listener_without_a_secret_is_a_bad_configuration() {
     let (code, words) = start(&[&format!("--migration-secret-file={}", short.display())]);
     assert_eq!(code, Some(64), "{words}");
     assert!(words.contains("9 bytes"), "{words}");
+}
+
+#[test]
+fn a_truncated_conversation_moves_with_what_it_kept_and_what_came_after() {
+    let mut source = Replica::start(60, &[]);
+    let mut here = Replica::start(60, &[]);
+    source.driver.share(3);
+    let held = source.hold(1, 16 * 20 + 5);
+    let (status, told) = source.daemon.admin(
+        "POST",
+        "/conversations/conversation%201/truncate",
+        &json!({ "sinks": 4, "drop": 7 }),
+    );
+    assert_eq!(status, 200, "{told}");
+    let record = ask(&mut source.driver, held.id).expect("a record");
+    let record = Record::decode(&record).expect("a record");
+    source.driver.start = record.start();
+    let grown = [record.tokens.as_slice(), &conversation(9, 16 * 3)].concat();
+    source.driver.save_turn("conversation 1", &grown).expect("attached");
+    let report = here.import(held.id, source.exports).expect("an import");
+    let blocks = grown.len().div_ceil(16) as u64;
+    assert_eq!(
+        (number(&report, "blocks"), number(&report, "arrived")),
+        (blocks, blocks),
+        "{report}"
+    );
+    here.driver.start = record.start();
+    assert_eq!(here.driver.load(&grown).expect("attached").tokens, grown.len());
+    let record = Record::decode(&ask(&mut here.driver, held.id).expect("a record"));
+    assert_eq!(record.map(|record| record.start()), Ok(here.driver.start.clone()));
 }
 
 #[test]

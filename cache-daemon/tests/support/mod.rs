@@ -298,7 +298,9 @@ impl Driver {
     pub fn record(&self, name: &str, tokens: &[u32]) -> (ConversationId, Record) {
         let id = ConversationId::new(&self.root(), name.as_bytes());
         let tokens_per_block = self.geometry.tokens_per_block();
-        (id, Record::new(self.start.clone(), name.to_owned(), tokens_per_block, tokens.to_vec()))
+        let (start, is_truncated) = (self.start.clone(), !self.start.runs.is_empty());
+        let record = Record::new(start, name.to_owned(), tokens_per_block, tokens.to_vec());
+        (id, Record { dropped_tokens: is_truncated.into(), ..record })
     }
 
     /// Saves a turn: its blocks, then its record.

@@ -139,6 +139,10 @@ impl Generation {
             return Err(ApiError::internal("the engine stopped before the reply was complete"));
         };
         match event {
+            Event::Deleted => {
+                self.turn = None;
+                Ok(Step::Started)
+            }
             Event::Unbroken => {
                 if let Some(turn) = &mut self.turn {
                     turn.resume.kept = None;

@@ -117,6 +117,7 @@ struct Reply {
     finish: Option<FinishReason>,
     started: bool,
     is_unbroken: bool,
+    is_deleted: bool,
     cached: CachedTokens,
     account: Option<Account>,
     error: Option<GenerateError>,
@@ -150,6 +151,7 @@ fn reply(receiver: &mut mpsc::UnboundedReceiver<Event>) -> Reply {
     let mut reply = Reply::default();
     while let Ok(event) = receiver.try_recv() {
         match event {
+            Event::Deleted => reply.is_deleted = true,
             Event::Unbroken => reply.is_unbroken = true,
             Event::Started => {
                 assert!(!reply.started, "started twice");
@@ -407,10 +409,20 @@ fn two_salts_share_the_declared_prompts_blocks_and_nothing_else() {
     }
 }
 
-/// A truncated history of `record`'s, and the prompt that goes on from it.
+/// Where the blocks of a truncated history hang, and the prompt that goes on from it.
 fn truncated(tokens: &[u32], sinks: u32, dropped: u32, said: &[u32]) -> (Start, Vec<u32>) {
+    truncated_in_blocks_of(TOKENS_PER_BLOCK, tokens, sinks, dropped, said)
+}
+
+fn truncated_in_blocks_of(
+    tokens_per_block: u16,
+    tokens: &[u32],
+    sinks: u32,
+    dropped: u32,
+    said: &[u32],
+) -> (Start, Vec<u32>) {
     let root = RootKey::new(&Fingerprint([7; 32]), b"");
-    let mut record = Record::new(root, String::new(), TOKENS_PER_BLOCK, tokens.to_vec());
+    let mut record = Record::new(root, String::new(), tokens_per_block, tokens.to_vec());
     record.truncate(sinks, dropped).unwrap();
     (record.start(), next_turn(&record.tokens, &[], said))
 }
@@ -539,7 +551,9 @@ fn nothing_of_a_deleted_conversation_stays_not_even_of_a_turn_that_runs() {
         }
         rig.daemon().delete(ConversationId::new(&root, b"chat"));
         rig.run();
-        assert_eq!(reply(&mut receiver).tokens.len(), 20, "it is not disturbed");
+        let told = reply(&mut receiver);
+        assert_eq!(told.tokens.len(), 20, "it is not disturbed");
+        assert_eq!(told.is_deleted, turns_of_the_loop < 200);
         assert_eq!(rig.ask(&tokens, 1).cached.total(), 0, "after {turns_of_the_loop}");
     }
 }

@@ -7,7 +7,7 @@ use super::*;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::batch::{Batch, DeviceGeometry, LoadPlan, SavePlan};
 use crate::weights::gguf::Model;
-use crate::weights::random::write_tiny_gguf;
+use crate::weights::random::write_random_gguf;
 
 const SEED: u64 = 3;
 const TOKENS_PER_BLOCK: u16 = 16;
@@ -45,14 +45,18 @@ impl Backend for Timed {
     }
 }
 
-fn model() -> Model {
+fn model(layers: usize) -> Model {
     let file = NamedTempFile::new().unwrap();
-    write_tiny_gguf(file.path(), SEED).unwrap();
+    write_random_gguf(file.path(), SEED, layers).unwrap();
     Model::open(file.path()).unwrap()
 }
 
 fn rig(config: RigConfig) -> Rig {
-    let model = model();
+    rig_of(3, config)
+}
+
+fn rig_of(layers: usize, config: RigConfig) -> Rig {
+    let model = model(layers);
     let doorbell = Doorbell::new();
     let waker = doorbell.waker();
     let shape = model.config();
@@ -232,5 +236,41 @@ fn with_a_prefill_set_unlike_the_decode_set_cached_equals_cold() {
         assert_eq!(reply.tokens, cold(skip, &tokens, 21), "turn {turn}");
         assert_eq!(reply.cached.host > 0, turn > 0);
         tokens = next_turn(&tokens, &reply.tokens, &prompt(turn, 9));
+    }
+}
+
+/// The KV of a token of a model of one layer depends on the token alone. What a truncation kept, rotated to its new
+/// places, is then what computing the kept ids gives: the same tokens are drawn, from device blocks and from frames.
+#[test]
+fn kept_kv_at_its_new_places_is_what_computing_it_there_gives() {
+    let history: Vec<u32> = prompt(5, 16 * 9 + 7);
+    for (sinks, dropped) in [(0, 1), (1, 4), (3, 2), (2, 7)] {
+        let (start, tokens) =
+            truncated_in_blocks_of(TOKENS_PER_BLOCK, &history, sinks, dropped, &prompt(8, 11));
+        let kept = (9 - dropped) * 16;
+        let mut cold = rig_of(1, RigConfig { cached: false, ..roomy() });
+        let mut receiver = submit(&mut cold, &tokens, 24);
+        cold.run();
+        let expected = reply(&mut receiver).tokens;
+        let mut rig = rig_of(1, roomy());
+        rig.ask(&history, 1);
+        for tier in ["device", "host"] {
+            if tier == "host" {
+                rig.clear_device();
+            }
+            let (mut request, mut receiver) = request(&tokens, 24);
+            (request.sampling.temperature, request.sampling.seed) = (1.0, 11);
+            request.start = Some(start.clone());
+            request.cache.no_store = true;
+            rig.handle.submit(Command::Generate(request)).unwrap();
+            rig.run();
+            let told = reply(&mut receiver);
+            let found = if tier == "host" { told.cached.host } else { told.cached.device };
+            assert_eq!((found, told.is_unbroken), (kept, false), "{tier}");
+            assert_eq!(
+                told.tokens, expected,
+                "{sinks} kept at the start, {dropped} dropped, {tier}"
+            );
+        }
     }
 }
