@@ -4,7 +4,7 @@ mod support;
 
 use serde_json::{Value, json};
 use support::daemon::Daemon;
-use support::{Client, Runtime, beside_us, kvctl, prompt};
+use support::{Client, Runtime, beside_us, kvctl, prompt, until_attached, until_recorded};
 
 const USER: &str = "the quick brown fox jumps over the lazy dog, again and again and again, ";
 
@@ -24,16 +24,23 @@ fn with_runtime_of(layers: usize, flags: &[&str], test: impl FnOnce(&Daemon, &Cl
     let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
     let daemon = Daemon::start(&binary, dir.path(), 64 << 20, &[]);
     let runtime = Runtime::start(&path, Some(&daemon.socket), flags);
+    until_attached(&runtime.client());
     test(&daemon, &runtime.client());
     runtime.stop();
 }
 
-/// A turn of a named conversation: the reply, and the tokens of its prompt.
-fn turn(client: &Client, conversation: &str, messages: &[(&str, &str)]) -> (String, u64) {
+/// A turn of a named conversation, recorded: the reply, and the tokens of its prompt.
+fn turn(
+    daemon: &Daemon,
+    client: &Client,
+    conversation: &str,
+    messages: &[(&str, &str)],
+) -> (String, u64) {
     let message = |(role, content): &(&str, &str)| json!({ "role": role, "content": content });
     let messages: Vec<Value> = messages.iter().map(message).collect();
     let answer = client.turn(conversation, &messages);
     let tokens = answer.usage["prompt_tokens"].as_u64().expect("a count");
+    until_recorded(daemon, conversation, tokens);
     (answer.text, tokens)
 }
 
@@ -41,11 +48,11 @@ fn turn(client: &Client, conversation: &str, messages: &[(&str, &str)]) -> (Stri
 fn an_edited_conversation_is_explained_in_words() {
     with_runtime(|daemon, client| {
         let (apples, pears) = (opening("apples"), opening("pears"));
-        let (reply, _) = turn(client, "chat", &[("user", &apples)]);
-        turn(client, "chat", &[("user", &apples), ("assistant", &reply), ("user", "more")]);
+        let (reply, _) = turn(daemon, client, "chat", &[("user", &apples)]);
+        turn(daemon, client, "chat", &[("user", &apples), ("assistant", &reply), ("user", "more")]);
         let fine = kvctl(daemon, &["explain", "chat"]);
         assert_eq!(fine["divergence"], Value::Null, "{fine}");
-        turn(client, "chat", &[("user", &pears), ("assistant", &reply), ("user", "more")]);
+        turn(daemon, client, "chat", &[("user", &pears), ("assistant", &reply), ("user", "more")]);
         let found = kvctl(daemon, &["explain", "chat", "--runtime", client.url()]);
         let divergence = &found["divergence"];
         assert_eq!(divergence["reason"], "edited", "{found}");
@@ -61,10 +68,16 @@ fn a_truncation_reaches_the_next_turn_of_a_living_runtime() {
     with_runtime(|daemon, client| {
         let opening = opening("plums");
         let second = |name, reply: &str| {
-            turn(client, name, &[("user", &opening), ("assistant", reply), ("user", "more")]).1
+            turn(
+                daemon,
+                client,
+                name,
+                &[("user", &opening), ("assistant", reply), ("user", "more")],
+            )
+            .1
         };
-        let (reply, _) = turn(client, "untouched", &[("user", &opening)]);
-        let (same, _) = turn(client, "truncated", &[("user", &opening)]);
+        let (reply, _) = turn(daemon, client, "untouched", &[("user", &opening)]);
+        let (same, _) = turn(daemon, client, "truncated", &[("user", &opening)]);
         assert_eq!(reply, same);
         let changed = kvctl(daemon, &["truncate", "truncated", "--drop=2"]);
         assert_eq!(changed["conversation"]["dropped_tokens"], 32, "{changed}");
@@ -93,6 +106,11 @@ fn a_truncated_conversation_goes_on_from_the_kv_that_it_kept() {
                 "messages": messages, "max_tokens": 40, "temperature": 0, "ignore_eos": true,
                 "prompt_cache_key": name, "cache": { "no_read": no_read },
             }));
+            until_recorded(
+                daemon,
+                name,
+                answer["usage"]["prompt_tokens"].as_u64().expect("a count"),
+            );
             let text = answer["choices"][0]["message"]["content"].as_str().expect("a text");
             (text.to_owned(), answer["usage"]["prompt_tokens_details"].clone())
         };
@@ -138,12 +156,13 @@ fn a_truncated_conversation_survives_its_runtime() {
     let opening = opening("dates");
     let first = [("user", opening.as_str())];
     let before = Runtime::start(&path, Some(&daemon.socket), &[]);
-    let (reply, _) = turn(&before.client(), "chat", &first);
+    let (reply, _) = turn(&daemon, &before.client(), "chat", &first);
     before.stop();
     kvctl(&daemon, &["truncate", "chat", "--drop=4"]);
     let kept =
         kvctl(&daemon, &["show", "chat"])["conversation"]["tokens"].as_u64().expect("a count");
     let after = Runtime::start(&path, Some(&daemon.socket), &[]);
+    until_attached(&after.client());
     let second = [first[0], ("assistant", reply.as_str()), ("user", "more")];
     let message = |(role, content): &(&str, &str)| json!({ "role": role, "content": content });
     let messages: Vec<Value> = second.iter().map(message).collect();
@@ -209,15 +228,16 @@ fn a_conversation_outgrows_its_context_and_goes_on_from_its_later_half() {
 fn a_deleted_conversation_is_in_no_device_block_either() {
     with_runtime(|daemon, client| {
         let opening = opening("dates");
-        let ask = |name: &str| {
-            client.turn(name, &[json!({ "role": "user", "content": opening })]).cached_tokens
-        };
-        assert_eq!(ask("mine"), 0);
-        assert!(ask("same words") > 0, "what two say is computed once");
-        for name in ["mine", "same words"] {
+        let ask = |name: &str| client.turn(name, &[json!({ "role": "user", "content": opening })]);
+        for (name, finds) in [("mine", false), ("same-words", true)] {
+            let answer = ask(name);
+            assert_eq!(answer.cached_tokens > 0, finds, "what two say is computed once");
+            until_recorded(daemon, name, answer.usage["prompt_tokens"].as_u64().expect("a count"));
+        }
+        for name in ["mine", "same-words"] {
             kvctl(daemon, &["delete", name]);
         }
         client.ask(&prompt(1, 16), ""); // The engine has seen what the daemon said before this.
-        assert_eq!(ask("mine"), 0);
+        assert_eq!(ask("mine").cached_tokens, 0);
     });
 }

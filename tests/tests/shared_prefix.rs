@@ -6,7 +6,10 @@ mod support;
 use runtime::weights::random::write_tiny_gguf;
 use serde_json::{Value, json};
 use support::daemon::Daemon;
-use support::{Runtime, TOKENS_PER_BLOCK, beside_us, kvctl, kvctl_refuses, prompt, region_bytes};
+use support::{
+    Runtime, TOKENS_PER_BLOCK, beside_us, kvctl, kvctl_refuses, prompt, region_bytes,
+    until_attached, until_recorded,
+};
 
 const SYSTEM: &str = "You are the help desk of a railway. Answer in one sentence. Be kind, be brief, and \
                       never promise that a train is on time, since nobody can know that.";
@@ -75,11 +78,17 @@ fn a_truncation_keeps_what_every_tenant_shares() {
     let declared = format!("--shared-prefix={SYSTEM}");
     let runtime = Runtime::start(&model, Some(&daemon.socket), &[&declared]);
     let client = runtime.client();
+    until_attached(&client);
     let ask = |messages: &Value| -> Value {
         let answer = client.chat(&json!({
             "messages": messages, "max_tokens": 6, "temperature": 0, "ignore_eos": true,
             "cache_salt": "one", "prompt_cache_key": "chat",
         }));
+        until_recorded(
+            &daemon,
+            "chat",
+            answer["usage"]["prompt_tokens"].as_u64().expect("a count"),
+        );
         client.clear_device();
         answer
     };

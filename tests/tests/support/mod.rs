@@ -219,6 +219,23 @@ pub fn prompt(conversation: u32, tokens: u32) -> Vec<u32> {
     (0..tokens).map(|position| 3 + (position * 7 + conversation * 31) % 200).collect()
 }
 
+/// Waits until the daemon has the record of a turn whose prompt had so many tokens: a reply does not wait for it.
+pub fn until_recorded(daemon: &daemon::Daemon, conversation: &str, prompt_tokens: u64) {
+    daemon::until("the turn is recorded", || {
+        let (_, told) =
+            daemon.admin("GET", &format!("/conversations/{conversation}"), &Value::Null);
+        let tokens = told.pointer("/conversation/tokens")?.as_u64()?;
+        (tokens >= prompt_tokens).then_some(())
+    });
+}
+
+/// Waits until the runtime has its cache: it serves without one as well.
+pub fn until_attached(client: &Client) {
+    daemon::until("the runtime is attached", || {
+        (client.metric("colloquy_runtime_cache_attached") == 1).then_some(())
+    });
+}
+
 /// What `kvctl --json` says.
 pub fn kvctl(daemon: &daemon::Daemon, arguments: &[&str]) -> Value {
     let output = kvctl_output(daemon, arguments);
