@@ -19,7 +19,6 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 use kv_protocol::message::KeyList;
-use kv_protocol::start::Start;
 use kv_protocol::{BlockHeader, BlockKey, FrameIndex, MissReason, NumericsTag, RootKey, Variant};
 
 use crate::key_map::{KeyMap, KeyState};
@@ -268,10 +267,8 @@ pub struct Directory {
 impl Directory {
     /// Learns from a list how deep what hangs under an event is: no block has the event's name.
     pub fn learn_branches(&mut self, list: &KeyList) {
-        let Start { shared, runs, .. } = &list.start;
-        let places = shared.iter().map(|shared| shared.blocks);
-        let places = places.chain(runs.iter().map(|run| run.first_block));
-        for place in places.filter(|place| (1..=list.keys.len() as u32).contains(place)) {
+        let places = 1..=list.keys.len() as u32;
+        for place in list.start.breaks().into_iter().filter(|place| places.contains(place)) {
             if self.branches.len() >= BRANCHES_MAX {
                 self.branches.clear(); // They are told again with each list.
             }
@@ -712,7 +709,7 @@ impl Directory {
     fn why_gone(&self, key: &BlockKey, list: &KeyList, index: usize) -> MissReason {
         // Under a root, behind what all share, and where a truncation took something out, others may hang
         // without a divergence.
-        let is_branch = list.start.is_branch(index);
+        let is_branch = list.start.breaks().contains(&(index as u32));
         let parent = self.node_of(&list.start.parent_of(index, &list.keys));
         let has_siblings = !is_branch
             && parent.is_some_and(|id| self.nodes[id.index()].newest_child != EntryId::NONE);

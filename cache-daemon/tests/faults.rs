@@ -67,7 +67,10 @@ fn a_drive_that_takes_no_writes_costs_stores_says_why_and_is_used_again() {
             assert!(error.contains(words), "{engine}, errno {errno}: {error}");
             assert_eq!(driver.load(&tokens(2)).unwrap().host, BLOCKS as usize, "frames go on");
             push_out(&mut driver, &daemon);
-            assert_eq!(driver.load(&tokens(1)).unwrap().disk, BLOCKS as usize, "reads go on");
+            // What was pushed out may have been a block of another conversation.
+            let loaded = driver.load(&tokens(1)).unwrap();
+            assert_eq!(loaded.host + loaded.disk, BLOCKS as usize, "{loaded:?}");
+            assert!(loaded.disk > 0, "reads go on: {loaded:?}");
             faults.set(Fault::None);
             until_state(&daemon, "ready");
             let before = daemon.status_u64("/writes");

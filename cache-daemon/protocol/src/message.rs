@@ -665,7 +665,7 @@ impl KeyList {
         if let Some((run, limit)) =
             runs.iter().zip(limits).find(|(run, limit)| run.first_block >= *limit)
         {
-            let (found, limit) = (run.first_block.into(), u64::from(limit) - 1);
+            let (found, limit) = (run.first_block.into(), limit.saturating_sub(1).into());
             return Err(MessageError::Bound { what: "place of a run", found, limit });
         }
         Ok(Self {

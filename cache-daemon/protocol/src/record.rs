@@ -179,17 +179,12 @@ impl Record {
         let start: Start = start.into();
         let blocks = tokens.len() / usize::from(tokens_per_block);
         let shared = start.shared.filter(|shared| shared.blocks as usize <= blocks);
-        let mut runs = start.runs.to_vec();
-        if runs.is_empty() {
-            let first = shared.map_or(start.root, |shared| shared.root);
-            runs.push(Run { parent: first.as_parent(), first_block: 0 });
-            if let Some(Shared { blocks, .. }) = shared {
-                let end = blocks as usize * usize::from(tokens_per_block);
-                let keys = start.chain(&tokens[..end], tokens_per_block);
-                let parent = start.parent_of(keys.len(), &keys);
-                runs.push(Run { parent, first_block: blocks });
-            }
-        }
+        let start = Start { shared, ..start };
+        let mut breaks = start.breaks();
+        breaks.retain(|place| *place as usize <= blocks);
+        let needed = breaks.last().map_or(0, |place| *place as usize);
+        let keys = start.chain(&tokens[..needed * usize::from(tokens_per_block)], tokens_per_block);
+        let runs = breaks.into_iter().map(|place| start.run_at(place, &keys)).collect();
         Self {
             root: start.root,
             shared,
@@ -243,31 +238,29 @@ impl Record {
         let resumed = resumed as usize;
         let shared =
             self.shared.map(|shared| Shared { blocks: shared.blocks.min(sinks), ..shared });
-        if self.shared != shared && resumed < self.start().shared_blocks() {
-            return Err(TruncateError::Shared { shared: self.start().shared_blocks() });
+        let start = self.start();
+        if self.shared != shared && resumed < start.shared_blocks() {
+            return Err(TruncateError::Shared { shared: start.shared_blocks() });
         }
         let tokens_per_block = u32::from(self.tokens_per_block);
         let event = Event::Truncated {
             sinks: sinks * tokens_per_block,
             dropped: dropped * tokens_per_block,
         };
-        let begins = |place: usize| {
-            self.runs.iter().find(|run| run.first_block as usize == place).map(|run| run.parent)
+        let (breaks, end) = (start.breaks(), blocks as u32);
+        let moved = |place: u32| {
+            let run = start.run_at(place, &keys);
+            Run { first_block: place - dropped, ..run }
         };
-        let mut runs: Vec<Run> =
-            self.runs.iter().filter(|run| run.first_block < sinks).copied().collect();
+        let before = breaks.iter().take_while(|place| **place < sinks);
+        let mut runs: Vec<Run> = before.map(|place| start.run_at(*place, &keys)).collect();
         if resumed < blocks {
-            let parent = begins(resumed).unwrap_or_else(|| keys[resumed - 1]);
-            runs.push(Run { parent, first_block: sinks });
+            runs.push(moved(sinks + dropped));
         }
-        let later = self.runs.iter().filter(|run| {
-            (run.first_block as usize) > resumed && (run.first_block as usize) < blocks
-        });
-        runs.extend(later.map(|run| Run { first_block: run.first_block - dropped, ..*run }));
-        runs.push(Run {
-            parent: BlockKey::after(&self.open_parent(&keys), &event),
-            first_block: blocks as u32 - dropped,
-        });
+        let behind = breaks.iter().filter(|place| **place > sinks + dropped && **place < end);
+        runs.extend(behind.map(|place| moved(*place)));
+        let parent = BlockKey::after(&start.parent_of(blocks, &keys), &event);
+        runs.push(Run { parent, first_block: end - dropped });
         if runs.len() > RUNS_MAX {
             return Err(TruncateError::Runs { runs: runs.len() });
         }

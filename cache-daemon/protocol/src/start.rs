@@ -88,10 +88,19 @@ impl Start {
         }
     }
 
-    /// Whether the block at `index` follows something else than the block before it.
-    pub fn is_branch(&self, index: usize) -> bool {
-        let is_first = |run: &Run| run.first_block as usize == index;
-        index == 0 || index == self.shared_blocks() || self.runs.iter().any(is_first)
+    /// Places of blocks that follow something else than the block before them; ascending, the first is 0.
+    pub fn breaks(&self) -> Vec<u32> {
+        let mut places = vec![0];
+        places.extend(self.shared.map(|shared| shared.blocks));
+        places.extend(self.runs.iter().map(|run| run.first_block));
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+
+    /// The run that begins at `place`, given the keys before it.
+    pub fn run_at(&self, place: u32, keys: &[BlockKey]) -> Run {
+        Run { parent: self.parent_of(place as usize, keys), first_block: place }
     }
 
     /// What the first private block follows, behind the last shared one.

@@ -4,8 +4,9 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayoutVersion {
-    /// A key list may be that of a truncated history; a runtime says which frame was wrong; a record counts
-    /// its shared blocks. Block headers are as in V1, and those of all versions are read.
+    /// A key list may be that of a truncated history; a runtime says which frame was wrong, and hears whether
+    /// a conversation was truncated or deleted; a record counts its shared blocks. Block headers are as in V1,
+    /// and those of all versions are read.
     V4 = 4,
     /// A hint may foretell a turn that is not in the queue; a key list may begin under a shared root;
     /// runtimes are told of changed conversations; conversation records are typed ([`crate::record`]).

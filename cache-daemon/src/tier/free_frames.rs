@@ -37,6 +37,11 @@ impl FreeFrames {
         Some(FrameIndex(start + gap))
     }
 
+    /// Whether a frame is free.
+    pub fn contains(&self, frame: FrameIndex) -> bool {
+        self.run_of(frame.0).is_some()
+    }
+
     /// Puts a frame back that was not free.
     pub fn give_back(&mut self, frame: FrameIndex) {
         debug_assert!(self.run_of(frame.0).is_none(), "frame {} is free already", frame.0);

@@ -237,7 +237,8 @@ impl HostTier {
         let word = self.table.change(frame, to, owner)?;
         let is_served = |state| state != FrameState::Free || frame.0 < self.served;
         let (leaves, enters) = (is_served(from), is_served(to));
-        *self.count_mut(from) -= u32::from(leaves);
+        let left = self.count_mut(from);
+        *left = left.saturating_sub(u32::from(leaves)); // Where a peer wrote the word, none was counted.
         *self.count_mut(to) += u32::from(enters);
         self.note(frame);
         Ok(FrameHandle { frame, generation: word.generation })
@@ -317,6 +318,12 @@ impl HostTier {
     /// A frame in `Filling` that will not be filled, or in `Ready` that is not wanted, becomes free.
     pub fn free(&mut self, frame: FrameIndex) {
         self.info[frame.0 as usize].block = None;
+        // Our list knows better than the word, which a peer can write: two owners of a frame would be worse
+        // than none.
+        if self.free.contains(frame) {
+            tracing::error!(frame = frame.0, "frame lost: a peer wrote the word of a free one");
+            return;
+        }
         match self.change(frame, FrameState::Free, Owner::Daemon) {
             Ok(_) if frame.0 < self.served => self.free.give_back(frame),
             Ok(_) => {} // Given when its pages are there.
@@ -432,6 +439,23 @@ mod tests {
     use kv_protocol::{Dtype, Fingerprint, Geometry, NumericsTag, Region, RootKey, Variant};
 
     const FLIPS: usize = 1000;
+
+    /// A peer says that it fills a frame which is free.
+    #[test]
+    fn a_free_frame_that_a_peer_claims_is_given_to_nobody_twice() {
+        let (_view, mut host) = host();
+        let frames = host.table.layout().frame_count();
+        let last = FrameIndex(frames - 1);
+        let filling = host.grant(id(0)).unwrap();
+        let claimed = host.table.word(filling.frame).load(Ordering::Relaxed);
+        host.table.word(last).store(claimed, Ordering::Relaxed);
+        host.reclaim(id(0));
+        let mut given = std::collections::HashSet::new();
+        while let Some(handle) = host.grant(id(1)) {
+            assert!(given.insert(handle.frame), "{:?} was given twice", handle.frame);
+        }
+        assert_eq!(given.len() as u32, frames - 1, "all but the one that is lost");
+    }
 
     fn host() -> (RegionView, HostTier) {
         let view = RegionView::new(Region::heap(6 << 20));
