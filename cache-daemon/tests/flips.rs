@@ -65,12 +65,14 @@ fn a_flipped_bit_of_the_region_costs_an_attachment_an_answer_or_a_miss_never_wro
     let view = daemon.region();
     let (flipped, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let mut seen = Seen::default();
+    let mut kills = 0;
     std::thread::scope(|scope| {
         scope.spawn(|| flip_bits(&view, flips, &flipped, &done));
         let (mut turn, mut losses) = (0, 0);
         while flipped.load(Ordering::Relaxed) < flips {
             turn += 1;
             if turn % 100 == 0 {
+                kills += 1;
                 daemon.kill_worker(); // Frames that were lost come back, headers are read again.
             }
             let now = driver.get_or_insert_with(|| Driver::attach(&daemon.socket, geometry()));
@@ -105,6 +107,8 @@ fn a_flipped_bit_of_the_region_costs_an_attachment_an_answer_or_a_miss_never_wro
         (found.tokens == fresh.len()).then_some(())
     });
     println!("{flips} bits flipped: {seen:?}");
+    // One more kill, one for the first: whatever was flipped, no worker died of it.
+    assert_eq!(daemon.status_u64("/worker_starts"), kills + 2);
     assert!(seen.blocks > 0, "{seen:?}");
     assert!(seen.by_checksum + seen.detached + seen.lost > 0, "no flip struck: {seen:?}");
 }
