@@ -69,29 +69,41 @@ impl Map {
     }
 }
 
-/// A client that reads all the time, on a thread of its own, until its stream ends.
-fn follow(daemon: &Daemon) -> Arc<Mutex<Map>> {
+/// The feed's lines; `None` while all places are taken, as by streams that were closed just now.
+fn feed(daemon: &Daemon) -> Option<impl Iterator<Item = Value> + use<>> {
     let mut stream = TcpStream::connect(daemon.http).expect("the daemon listens");
     write!(stream, "GET /inventory HTTP/1.0\r\n\r\n").expect("it reads");
+    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
+    let is_there = lines.next()?.contains(" 200 ");
+    let lines = lines.skip_while(|line| !line.is_empty()).skip(1);
+    is_there.then(|| lines.map(|line| serde_json::from_str(&line).expect(&line)))
+}
+
+/// A client that reads all the time, on a thread of its own, until its stream ends.
+fn follow(daemon: &Daemon) -> Arc<Mutex<Map>> {
+    let lines = until("there is a place", || feed(daemon));
     let map = Arc::new(Mutex::new(Map::default()));
     std::thread::spawn({
         let map = map.clone();
         move || {
-            let lines = BufReader::new(stream).lines().map_while(Result::ok);
-            for line in lines.skip_while(|line| !line.is_empty()).skip(1) {
-                map.lock().unwrap().read(&serde_json::from_str(&line).expect(&line));
-            }
+            lines.for_each(|line| map.lock().unwrap().read(&line));
             map.lock().unwrap().end.get_or_insert_default();
         }
     });
     map
 }
 
+/// What a client that comes now is told.
 fn snapshot(daemon: &Daemon) -> Map {
-    let map = follow(daemon);
     until("the snapshot is whole", || {
-        let map = map.lock().unwrap();
-        map.is_whole.then(|| map.clone())
+        let mut map = Map::default();
+        for line in feed(daemon)? {
+            map.read(&line);
+            if map.is_whole {
+                return Some(map);
+            }
+        }
+        None
     })
 }
 
