@@ -9,3 +9,4 @@ pub mod conversation;
 pub mod deployment;
 pub mod figures;
 pub mod progress;
+pub mod stepping;

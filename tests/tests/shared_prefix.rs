@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::PathBuf;
+
 use runtime::weights::random::write_tiny_gguf;
 use serde_json::{Value, json};
 use support::daemon::Daemon;
@@ -14,13 +16,18 @@ use support::{
 const SYSTEM: &str = "You are the help desk of a railway. Answer in one sentence. Be kind, be brief, and \
                       never promise that a train is on time, since nobody can know that.";
 
-#[test]
-fn two_tenants_share_the_declared_prompt_through_the_daemon_and_nothing_else() {
+fn model_and_daemon() -> (tempfile::TempDir, PathBuf, Daemon) {
     let dir = tempfile::tempdir().expect("a folder");
     let model = dir.path().join("tiny.gguf");
     write_tiny_gguf(&model, 7).expect("the tiny model");
     let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
     let daemon = Daemon::start(&binary, dir.path(), region_bytes(&model, 200), &[]);
+    (dir, model, daemon)
+}
+
+#[test]
+fn two_tenants_share_the_declared_prompt_through_the_daemon_and_nothing_else() {
+    let (_dir, model, daemon) = model_and_daemon();
     let declared = format!("--shared-prefix={SYSTEM}");
     let runtime = Runtime::start(&model, Some(&daemon.socket), &["--device-bytes=64Mi", &declared]);
     let cold = Runtime::start(&model, None, &["--device-bytes=64Mi"]);
@@ -70,11 +77,7 @@ fn two_tenants_share_the_declared_prompt_through_the_daemon_and_nothing_else() {
 
 #[test]
 fn a_truncation_keeps_what_every_tenant_shares() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let model = dir.path().join("tiny.gguf");
-    write_tiny_gguf(&model, 7).expect("the tiny model");
-    let binary = beside_us("cache-daemon", "COLLOQUY_CACHE_DAEMON");
-    let daemon = Daemon::start(&binary, dir.path(), region_bytes(&model, 200), &[]);
+    let (_dir, model, daemon) = model_and_daemon();
     let declared = format!("--shared-prefix={SYSTEM}");
     let runtime = Runtime::start(&model, Some(&daemon.socket), &[&declared]);
     let client = runtime.client();

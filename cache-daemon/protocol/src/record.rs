@@ -150,10 +150,10 @@ pub enum TruncateError {
         /// Full blocks there are.
         blocks: usize,
     },
-    /// Half of what every tenant shares.
+    /// A part of what every tenant shares would be left behind a gap.
     #[error(
         "the first {shared} blocks are a prompt that all tenants share: keep them (sinks of at least \
-         {shared}) or drop them all"
+         {shared}) or drop all of them that are behind the sinks"
     )]
     Shared {
         /// Blocks of that prompt.
@@ -227,7 +227,7 @@ impl Record {
     }
 
     /// Takes `dropped` blocks out of the history, behind `sinks` blocks that stay at its start. The tail's
-    /// tokens stay; its KV is computed anew, under the event. What every tenant shares is kept or dropped whole.
+    /// tokens stay; its KV is computed anew, under the event. Of what every tenant shares no later part is kept without the beginning.
     pub fn truncate(&mut self, sinks: u32, dropped: u32) -> Result<Event, TruncateError> {
         let keys = self.keys();
         let blocks = keys.len();
@@ -468,7 +468,7 @@ mod tests {
 
     /// Blocks of the shared prompt stay under the public root, whatever is dropped behind them.
     #[test]
-    fn what_is_shared_is_kept_or_dropped_whole() {
+    fn of_what_is_shared_only_a_beginning_is_kept() {
         let shared = |blocks| Some(Shared { root: RootKey([9; 32]), blocks });
         let start = Start { shared: shared(3), ..root().into() };
         let tokens: Vec<u32> = (0..u32::from(TOKENS_PER_BLOCK) * 8 + 2).collect();

@@ -20,8 +20,6 @@ use crate::text::tokenizer::Specials;
 
 /// Of the context, room for a reply whose length nobody asked for: an eighth.
 const REPLY_SHARE: u32 = 8;
-/// About what a template adds to a message.
-const MESSAGE_TOKENS: usize = 8;
 
 /// A generation under way. Dropping it cancels it: the engine sees that nobody listens.
 #[derive(Debug)]
@@ -216,11 +214,15 @@ fn make_room(service: &Service, prepared: &mut Prepared, tokens_max: Option<u32>
     if over == 0 || turn.resume.tokens.is_empty() {
         return;
     }
-    let system = turn.messages.iter().take_while(|message| message.role == "system");
-    let in_system = system.map(|message| {
-        service.tokenizer.encode(&message.content, Specials::Text).len() + MESSAGE_TOKENS
-    });
-    let sinks = in_system.sum::<usize>().max(1);
+    // Up to where the system's words end in the prompt; templates may trim them.
+    let mut system_end = 0;
+    for message in turn.messages.iter().take_while(|message| message.role == "system") {
+        let words = quote::quote(&service.tokenizer, message.content.trim());
+        let found = turn.rendered[system_end..].find(&words);
+        system_end += found.map_or(0, |at| at + words.len());
+    }
+    let in_system = quote::encode(&service.tokenizer, &turn.rendered[..system_end]);
+    let sinks = service.tokenizer.with_bos(in_system).len().max(1);
     let said = turn.tokens.split_off(turn.resume.tokens.len());
     if service.conversations.truncate(&turn.name, &mut turn.resume, sinks, over) {
         service.metrics.truncated();

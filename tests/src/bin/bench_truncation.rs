@@ -12,19 +12,15 @@
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use colloquy_tests::cluster::repository;
 use colloquy_tests::figures::{cpu_name, figure, median, write_raw};
 use colloquy_tests::progress::Progress;
-use runtime::adaskip::SkipSet;
-use runtime::backend::cpu::{CpuBackend, CpuOptions};
-use runtime::batch::{
-    Backend as _, BackendEvent, Batch, BlockId, Phase, Row, RowOutput, Sampling, SequenceId,
-};
+use colloquy_tests::stepping::Stepping;
+use runtime::backend::cpu::CpuOptions;
+use runtime::batch::{BlockId, Phase, Row, RowOutput};
 use runtime::text::metadata::TextMetadata;
 use runtime::text::tokenizer::{Specials, Tokenizer};
 use runtime::weights::gguf::Model;
@@ -47,8 +43,6 @@ const TURN: usize = 50;
 /// Articles read at once.
 const AT_ONCE: usize = 8;
 const ALTERNATIVES: u8 = 20;
-/// A step that takes longer hangs.
-const STEP_DURATION_MAX: Duration = Duration::from_mins(2);
 
 /// What an article is read on from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,62 +95,23 @@ fn kept(tokens: &[u32]) -> Vec<u32> {
     [&tokens[..SINKS * BLOCK], &tokens[(SINKS + DROPPED) * BLOCK..BLOCKS * BLOCK]].concat()
 }
 
-struct Reader {
-    backend: CpuBackend,
-    rung: Receiver<()>,
-    layers: usize,
-}
+struct Reader(Stepping);
 
 impl Reader {
     fn new(model: &Model) -> anyhow::Result<Self> {
-        let (ring, rung) = channel();
-        let ring = Mutex::new(ring);
-        let wake = Arc::new(move || {
-            if let Ok(ring) = ring.lock() {
-                ring.send(()).unwrap_or(()); // Nobody listens once the measurement is over.
-            }
-        });
         let tokens_per_block = BLOCK as u16;
         let options = CpuOptions { threads: THREADS, device_bytes: DEVICE_BYTES, tokens_per_block };
-        let backend = CpuBackend::new(model, options, wake)?;
+        let backend = Stepping::new(model, options)?;
         let needed = Way::Recomputed.table(AT_ONCE - 1).last().map_or(0, |block| block.0 + 1);
-        let have = backend.geometry().block_count;
+        let have = backend.block_count();
         ensure!(needed <= have, "{needed} device blocks are needed, there are {have}");
-        Ok(Self { backend, rung, layers: model.config().layers })
-    }
-
-    fn step(&mut self, rows: Vec<Row>) -> anyhow::Result<Vec<RowOutput>> {
-        self.backend.submit(Batch { rows });
-        loop {
-            match self.backend.poll() {
-                Some(BackendEvent::Step(output)) => return Ok(output.rows),
-                Some(other) => bail!("unexpected event {other:?}"),
-                None => self.rung.recv_timeout(STEP_DURATION_MAX).context("a step hangs")?,
-            }
-        }
+        Ok(Self(backend))
     }
 
     fn row(&self, way: Way, place: usize, position: usize, tokens: &[u32], phase: Phase) -> Row {
-        Row {
-            sequence: SequenceId(place as u64),
-            phase,
-            tokens: tokens.to_vec(),
-            position: position as u32,
-            block_table: way.table(place),
-            skip: Arc::new(SkipSet::none(self.layers)),
-            sampling: Some(Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: 0,
-                min_p: 0.0,
-                seed: 0,
-                index: 0,
-                logprobs: Some(ALTERNATIVES),
-                banned: Arc::new([]),
-            }),
-            measure: false,
-            waits: Vec::new(),
-        }
+        let (sequence, position) = (place as u64, position as u32);
+        let (tokens, table) = (tokens.to_vec(), way.table(place));
+        self.0.row(sequence, phase, position, tokens, table, Some(ALTERNATIVES))
     }
 
     /// Seconds of a step that computes `tokens` from `position` on.
@@ -169,7 +124,7 @@ impl Reader {
     ) -> anyhow::Result<f64> {
         let row = self.row(way, place, position, tokens, Phase::Prefill);
         let start = Instant::now();
-        self.step(vec![row])?;
+        self.0.step(vec![row])?;
         Ok(start.elapsed().as_secs_f64())
     }
 
@@ -183,7 +138,7 @@ impl Reader {
                 self.row(way, place, position, &article[from..=from], Phase::Decode)
             };
             let rows = articles.iter().enumerate().map(row).collect();
-            let told = self.step(rows)?;
+            let told = self.0.step(rows)?;
             for ((article, told), score) in articles.iter().zip(told).zip(&mut scores) {
                 score.add(article[from + 1], &told)?;
             }
